@@ -182,7 +182,7 @@ class AudioLM(nn.Module):
     def device(self):
         return next(self.model.model.language_model.rotary_emb.buffers()).device
 
-    def forward(self, input_ids, positions, mask, cache, features=(), keep=slice(None)):
+    def forward(self, input_ids, positions, mask, cache, features=(), places=None, keep=slice(None)):
         """Logits after the tokens that `keep` selects, fp32. One entry for prefill, decoding and scoring.
 
         input_ids, positions: (B, L). mask: bool (B, 1, L, keys) or None for causal. features: one (mels,
@@ -192,8 +192,7 @@ class AudioLM(nn.Module):
         embeddings = model.language_model.embed_tokens(input_ids)
         if features:
             heard = self.hear(features).to(embeddings.dtype)  # (placeholders, hidden)
-            places = (input_ids == self.prompts.audio_token_id).unsqueeze(-1)
-            embeddings = embeddings.masked_scatter(places, heard)
+            embeddings = embeddings.masked_scatter(places.unsqueeze(-1), heard)
         hidden = model.language_model(
             inputs_embeds=embeddings,
             attention_mask={"full_attention": mask},  # a dict is taken as it is; None means causal
@@ -238,8 +237,8 @@ class AudioLM(nn.Module):
         ids = pad_sequence([p.input_ids for p in prompts], batch_first=True).to(self.device)
         positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
         features = [p.input_features.to(self.device) for p in prompts if p.input_features is not None]
-        cache, lengths = KVCache(), lengths.to(self.device)
-        return Prefill(cache, self(ids, positions, None, cache, features, keep=lengths - 1), lengths)
+        places, cache, lengths = ids == self.prompts.audio_token_id, KVCache(), lengths.to(self.device)
+        return Prefill(cache, self(ids, positions, None, cache, features, places, lengths - 1), lengths)
 
     @torch.no_grad()
     def sample_from(self, prefill, group_size, max_new_tokens, temperature, generator=None):
@@ -309,8 +308,9 @@ class AudioLM(nn.Module):
         mask = mask.tril().view(1, 1, len(packed), len(packed))
         if prefill is None:
             features = [] if prompt.input_features is None else [prompt.input_features.to(self.device)]
-            inputs = [x.to(self.device) for x in (packed[None], positions[None], mask)]
-            logits = self(*inputs, KVCache(), features, keep=slice(n - 1, None))[0]
+            places = (packed == self.prompts.audio_token_id) & (segment == -1)  # a response may say the token
+            inputs = [x.to(self.device) for x in (packed[None], positions[None], mask, places[None])]
+            logits = self(*inputs[:3], KVCache(), features, inputs[3], slice(n - 1, None))[0]
         elif len(packed) > n:
             inputs = [x.to(self.device) for x in (packed[None, n:], positions[None, n:], mask[:, :, n:])]
             logits = torch.cat([prefill.logits, self(*inputs, KVCache(prefill.cache))[0]])

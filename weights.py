@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -76,8 +77,9 @@ QWEN2_AUDIO = Family(
 FAMILIES = {"qwen2_5_omni": OMNI, "qwen2_5_omni_thinker": OMNI, "qwen2_audio": QWEN2_AUDIO}
 
 
-def find_model(path) -> Path:
+def find_model(path, config_only=False) -> Path:
     """A local folder as it is, a hub name downloaded (no pickles). Raises InputError if it is neither."""
+    wanted = ["config.json"] if config_only else ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     folder = Path(path)
     if not folder.is_dir():
         if folder.exists() or len(folder.parts) != 2 or str(path).startswith((".", "/", "~")):
@@ -85,9 +87,7 @@ def find_model(path) -> Path:
                 f"no model folder at {path}: give a checkpoint folder, or a hub name as owner/name"
             )
         try:
-            folder = Path(
-                snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-            )
+            folder = Path(snapshot_download(str(path), allow_patterns=wanted))
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
@@ -247,7 +247,9 @@ def shard(lm, mesh, dtype, reshard, cpu_offload=False):
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
-        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(torch.accelerator.is_available())
+        if cpu_offload
+        else OffloadPolicy(),
     }
     for group in groups(lm.model):
         fully_shard(group, **options)
@@ -278,97 +280,44 @@ def checkpoint_activations(lm):
         )
 
 
-# ---------------------------------------------------------------------------------------------------- plan
+# --------------------------------------------------------------------------------------------- checkpoints
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A layout of the run, and the bytes it takes."""
-
-    reshard: bool
-    checkpointing: bool
-    cpu_offload: bool
-    gpu: dict  # what -> bytes on each GPU
-    host: dict  # what -> bytes in host memory, per GPU
-    disk: dict  # what -> bytes
+def write_text(path, text):
+    """Write beside the name, then rename: a reader, or a kill, never meets half a file."""
+    scratch = Path(f"{path}.writing")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
 
 
-def make_plan(model, gpus, dtype, config, reshard, checkpointing, cpu_offload) -> Plan:
-    """Count the bytes of a run on `gpus` GPUs per replica, from the meta-device `model` (no weights).
+def checkpoints(out):
+    """The run's complete checkpoints, oldest first."""
+    return sorted(f for f in Path(out).glob("checkpoints/step-*") if (f / "run.json").exists())
 
-    Exact for what lasts (shards, gradients, AdamW's two moments, reference); the activations are an estimate for a
-    30 s clip, a 200-token question and responses of full length.
+
+def save_checkpoint(out, step, tensors, about, keep):
+    """Write checkpoints/step-N beside its name and rename it; then remove all but the last `keep`.
+    Collective.
+
+    `tensors` (shards or whole) go through torch.distributed.checkpoint, so any number of processes can load
+    them; `about` is the JSON beside them.
     """
-    size = dtype.itemsize
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in model.parameters())
-    biggest = max(sum(p.numel() for p in group.parameters()) for group in groups(model))
-    sharded = gpus > 1 or size < 4 or cpu_offload
-    at_once = min(everything, 2 * biggest) if reshard else everything
-    resident = {
-        "weights, fp32 shards": 4 * everything / gpus,
-        "gradients, fp32 shards": 4 * trained / gpus,
-        "AdamW moments, fp32 shards": 8 * trained / gpus,
-    }
-    gpu = {} if cpu_offload else dict(resident)
-    gpu["reference"] = size * everything / gpus if config.beta else 0
-    gpu["gathered weights"] = size * at_once if sharded else 0
-    if config.beta and gpus > 1 and not reshard:
-        gpu["gathered reference"] = size * everything
-    gpu["gradients being reduced"] = (size + 4) * biggest if sharded else 0
-    gpu["activations"] = activation_bytes(model, size, config, checkpointing)
-    host = {"workers and libraries": 3e9, **(resident if cpu_offload else {})}
-    checkpoint_bytes = 4 * everything + 8 * trained
-    disk = {"checkpoints": (config.keep + 1) * checkpoint_bytes, "final model": size * everything}
-    return Plan(reshard, checkpointing, cpu_offload, gpu, host, disk)
+    folder = Path(out) / "checkpoints" / f"step-{step:06d}"
+    scratch = folder.with_name("writing")
+    if dist.get_rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(tensors, checkpoint_id=scratch)
+    if dist.get_rank() == 0:
+        write_text(scratch / "run.json", json.dumps(about, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+        for old in checkpoints(out)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
 
 
-def activation_bytes(model, size, config, checkpointing):
-    """Values kept for one question's backward: about 8 of the hidden and 4 of the feed-forward size a token."""
-    text, tower = model.config.get_text_config(), getattr(model.model, "audio_tower", None)
-    responses = config.group_size * config.max_new_tokens
-    tokens, heard, total = responses + 200, 0, 0
-    if tower is not None:
-        heard, c = 1500, tower.config
-        tokens += heard // 2
-        per_layer = c.d_model if checkpointing else 8 * c.d_model + 2 * c.encoder_ffn_dim
-        total += size * heard * per_layer * c.encoder_layers
-    per_layer = text.hidden_size if checkpointing else 12 * text.hidden_size + 4 * text.intermediate_size
-    return total + size * tokens * per_layer * text.num_hidden_layers + 12 * responses * text.vocab_size
-
-
-def choose_plan(model, gpus, dtype, config, memory):
-    """The first layout that fits in `memory` bytes per GPU, of those that the options leave open.
-
-    Nothing given up first; then re-sharding between layers; then recomputing activations as well; then keeping shards
-    and optimizer in host memory. Without a figure for the memory (a CPU), the first. Raises InputError if none fits.
-    """
-    layouts = [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
-    asked = (config.reshard, config.checkpointing, config.cpu_offload)
-    plans = []
-    for layout in layouts:
-        layout = [on if ask == "auto" else ask == "on" for on, ask in zip(layout, asked, strict=True)]
-        plans.append(make_plan(model, gpus, dtype, config, *layout))
-        if not memory or sum(plans[-1].gpu.values()) <= 0.95 * memory:
-            return plans[-1]
-    needs = sum(plans[-1].gpu.values()) / 2**30
-    raise InputError(
-        f"does not fit: {needs:.1f} GiB a GPU of {memory / 2**30:.1f} GiB even with {describe(plans[-1])}; "
-        "use more GPUs, a smaller model, or --group_size, --max_new_tokens or --beta 0 to shrink the rest"
-    )
-
-
-def describe(plan):
-    options = ("reshard", "checkpointing", "cpu_offload")
-    return " ".join(f"--{name} {'on' if getattr(plan, name) else 'off'}" for name in options)
-
-
-def plan_table(plan):
-    """The plan as text: GiB by what takes them."""
-    lines = [f"layout: {describe(plan)}"]
-    for place in ("gpu", "host", "disk"):
-        rows = getattr(plan, place)
-        where = {"gpu": "each GPU", "host": "host memory, per GPU", "disk": "disk"}[place]
-        lines.append(f"{where}: {sum(rows.values()) / 2**30:.1f} GiB")
-        lines += [f"  {value / 2**30:8.2f}  {what}" for what, value in rows.items() if value]
-    return "\n".join(lines)
+def load_checkpoint(folder, tensors):
+    """Fill `tensors` in place with what `save_checkpoint` wrote, under this number of processes."""
+    dcp.load(tensors, checkpoint_id=folder)
