@@ -34,13 +34,15 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon=0.2, beta=0
     (None when beta is 0). advantages (N,). mask (N, T) bool: the tokens of each response. Every response
     weighs the same, whatever its length. Returns (scalar loss, dict of floats: kl, clip_ratio).
     """
+    # Padding may hold anything, and what is put out of the sum only after exp() still sends back a NaN.
+    logps, old_logps = torch.where(mask, logps, 0.0), torch.where(mask, old_logps, 0.0)
     ratio = (logps - old_logps).exp()  # rho_{i,t}
     advantages = advantages.unsqueeze(1)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages
     objective = torch.minimum(unclipped, clipped)
     kl = torch.zeros_like(logps)
     if beta:
-        kl = kl_divergence(logps, ref_logps)
+        kl = kl_divergence(logps, torch.where(mask, ref_logps, 0.0))
         objective = objective - beta * kl
     loss = -response_mean(objective, mask).mean()
     clip_ratio = response_mean((clipped < unclipped).float(), mask).mean()
@@ -48,8 +50,8 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon=0.2, beta=0
 
 
 def response_mean(values, mask):
-    """(1/|o_i|) sum over t of Eq. 3: (N, T) -> (N,). where() and not a product: padding may hold anything."""
-    return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1)
+    """(1/|o_i|) sum over t of Eq. 3: (N, T) -> (N,)."""
+    return (values * mask).sum(-1) / mask.sum(-1)
 
 
 def question_loss(policy, reference, prompt, question, config, generator):

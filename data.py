@@ -1,0 +1,308 @@
+"""A question: read every dataset's published format, decode its audio, write its prompt text.
+
+    AVQA   {"id", "video_name", "question_text", "multi_choice": [...], "answer": 1, ...}   train_qa.json, and
+    gen_qa.py ARC    {"id", "question": {"stem", "choices": [{"text", "label"}, ...]}, "answerKey"}  
+    ARC-Easy-Train.jsonl MMAU   {"id", "audio_id", "question", "choices": [...], "answer": text or absent,
+    "task", ...} MMAR   {"id", "audio_path", "question", "choices": [...], "answer": text, "modality", ...}
+
+each as a JSON list or one object a line. Audio is anything that soundfile reads, brought to 16 kHz mono.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+log = logging.getLogger("omni_r1")
+
+RATE = 16_000
+LONGEST_QUESTION = 20_000  # characters; the real ones have a few hundred
+
+
+class InputError(Exception):
+    """What is wrong with the user's input, in one line. Command lines print it and exit with 2."""
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    answer: str | None  # the text of the right choice; None where a benchmark hides it
+    audio: str | None  # a path, which need not exist; None where the format has no audio
+    meta: dict  # {"format", "row": 0-based row of the file, "source": the row as published}
+
+
+def prompt_text(question) -> str:
+    """The prompt of Section III-A. The choices are a Python list's text, as the work it builds on [7] has
+    them.
+    """
+    return (
+        f"{question.question} Please choose the answer from the following options: {list(question.choices)}."
+    )
+
+
+# ------------------------------------------------------------------------------------------- question files
+
+
+def read_rows(path):
+    """A JSON list or JSON lines -> (rows, whether it was lines). A line that is not JSON gives None in its
+    place.
+
+    Raises InputError for a file that is missing, not UTF-8, or a list that is cut off.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    if text.lstrip().startswith("["):
+        try:
+            return parse_json(text), False
+        except ValueError as error:
+            raise InputError(f"{path}: not a whole JSON list (cut off?): {error}") from None
+    rows = []
+    for line in text.splitlines():
+        try:
+            rows += [parse_json(line)] if line.strip() else []
+        except ValueError:
+            rows.append(None)
+    if not any(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: neither a JSON list nor JSON objects, one a line")
+    return rows, True
+
+
+def parse_json(text):
+    """json.loads that turns NaN and infinity into None and too deep a nesting into a ValueError."""
+    try:
+        return json.loads(text, parse_constant=lambda name: None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_questions(path, audio_dir=None, max_bad=0.10) -> list[Question]:
+    """Read a question file, its format told by its keys. Clips are looked up in `audio_dir` (or beside the
+    file).
+
+    A malformed row is named in the log with its number and skipped; more than the share `max_bad` of them, or
+    a file in no known format, raises InputError.
+    """
+    rows, _ = read_rows(path)
+    name = next((name for row in rows if (name := format_of(row))), None)
+    if name is None:
+        keys = sorted(next((row for row in rows if isinstance(row, dict)), {}))[:12]
+        raise InputError(
+            f"{path}: in no known format (AVQA, ARC, MMAU, MMAR); its first row has the keys {keys}"
+        )
+    folder = Path(audio_dir) if audio_dir is not None else Path(path).parent
+    questions, bad, seen = [], [], {}
+    for number, row in enumerate(rows):
+        try:
+            question = checked(FORMATS[name](row, folder), name, number, row)
+            if seen.setdefault(question.id, number) != number:
+                raise ValueError(f"id {question.id!r} is row {seen[question.id] + 1}'s already")
+            questions.append(question)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            bad.append(f"{path}, row {number + 1}: {reason(error)}")
+    for line in bad[:20]:
+        log.warning("skipped: %s", line)
+    if len(bad) > 20:
+        log.warning("skipped: %d more rows of %s", len(bad) - 20, path)
+    if not questions or len(bad) > max_bad * len(rows):
+        raise InputError(f"{len(bad)} of {len(rows)} rows are malformed (first: {bad[0]}); see --max_bad")
+    return questions
+
+
+def reason(error):
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def format_of(row):
+    if not isinstance(row, dict):
+        return None
+    marks = {"multi_choice": "avqa", "answerKey": "arc", "audio_id": "mmau", "audio_path": "mmar"}
+    return next((name for key, name in marks.items() if key in row), None)
+
+
+def avqa(row, folder):
+    """AVQA asks about videos; training on it replaces the word, as the work that the paper builds on does."""
+    text = row["question_text"].replace("video", "audio").replace("Video", "Audio")
+    index = row["answer"]
+    if type(index) is not int or not 0 <= index < len(row["multi_choice"]):
+        raise ValueError(f"answer {index!r} is no index into its {len(row['multi_choice'])} choices")
+    return (
+        row["id"],
+        text,
+        row["multi_choice"],
+        row["multi_choice"][index],
+        find_clip(row["video_name"], folder),
+    )
+
+
+def arc(row, folder):
+    choices = {choice["label"]: choice["text"] for choice in row["question"]["choices"]}
+    if row["answerKey"] not in choices:
+        raise ValueError(f"answerKey {row['answerKey']!r} is none of the labels {list(choices)}")
+    return row["id"], row["question"]["stem"], list(choices.values()), choices[row["answerKey"]], None
+
+
+def benchmark(row, folder, clip_key):
+    answer = row.get("answer") or None  # test-full hides it
+    if answer is not None and answer not in row["choices"]:
+        same = [choice for choice in row["choices"] if choice.strip() == answer.strip()]
+        if not same:
+            raise ValueError(f"answer {answer!r} is none of the choices")
+        answer = same[0]
+    return row["id"], row["question"], row["choices"], answer, find_clip(row[clip_key], folder)
+
+
+FORMATS = {
+    "avqa": avqa,
+    "arc": arc,
+    "mmau": lambda row, folder: benchmark(row, folder, "audio_id"),
+    "mmar": lambda row, folder: benchmark(row, folder, "audio_path"),
+}
+
+
+def checked(parsed, name, number, row):
+    """The parsed fields as a Question, or ValueError for what no format may have."""
+    identity, text, choices, answer, audio = parsed
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("the question is empty or no text")
+    if len(text) > LONGEST_QUESTION:
+        raise ValueError(f"the question has {len(text)} characters, more than {LONGEST_QUESTION}")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError("the choices are no list of texts")
+    if len(choices) < 2:
+        raise ValueError(f"{len(choices)} choice(s); a question needs two")
+    if answer is not None and not answer.strip():
+        raise ValueError("the right choice is empty")
+    meta = {"format": name, "row": number, "source": row}
+    return Question(str(identity), text, tuple(choices), answer, audio, meta)
+
+
+# ---------------------------------------------------------------------------------------------------- clips
+
+ENDINGS = (".wav", ".flac", ".mp3", ".ogg")
+
+
+@lru_cache(maxsize=8)
+def clips_in(folder):
+    """stem -> file name of every clip, by one listing: a folder holds up to 182,000."""
+    try:
+        names = sorted(os.listdir(folder), reverse=True)
+    except OSError:
+        return {}
+    return {Path(name).stem: name for name in names if name.lower().endswith(ENDINGS)}
+
+
+def find_clip(name, folder) -> str:
+    """The file of a clip in `folder`, or where it was expected, if there is none.
+
+    `name` is a path as MMAU and MMAR give it (taken by its file name, then as a path under the folder), or
+    AVQA's clip name, whose start second stands with or without leading zeros (-HG3Omg_89c_000030,
+    -HG3Omg_89c_30).
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"{name!r} is no clip name")
+    listed = clips_in(str(folder))
+    stem = Path(name).stem if name.lower().endswith(ENDINGS) else Path(name).name
+    names = [stem]
+    if match := re.fullmatch(r"(.+)_(\d+)", stem):
+        names += [f"{match[1]}_{int(match[2])}", f"{match[1]}_{int(match[2]):06d}"]
+    for candidate in names:
+        if candidate in listed:
+            return str(folder / listed[candidate])
+    expected = folder / (name if name.lower().endswith(ENDINGS) else f"{name}.wav")
+    return str(expected)
+
+
+def check_clip(path):
+    """Why a clip cannot be read, as far as existence and header tell; None if nothing is wrong with them."""
+    try:
+        if not os.path.isfile(path):
+            return "a folder" if os.path.isdir(path) else "no such file"
+        info = soundfile.info(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        return f"no audio that can be read ({first_line(error)})"
+    return None if info.frames > 0 else "has no samples"
+
+
+def load_audio(path, max_seconds=None) -> np.ndarray:
+    """Decode a clip to float32 (n,), 16 kHz, channels averaged, within ±1; at most `max_seconds` of it are
+    decoded.
+
+    Raises InputError naming the file if it cannot be read, has no samples, or has samples that are not
+    finite.
+    """
+    if wrong := check_clip(path):
+        raise InputError(f"{path}: {wrong}")
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            samples = file.read(
+                -1 if max_seconds is None else int(max_seconds * rate), dtype="float32", always_2d=True
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be decoded ({first_line(error)})") from None
+    if not samples.size:
+        raise InputError(f"{path}: has no samples")
+    if not np.isfinite(samples).all():
+        raise InputError(f"{path}: has samples that are not finite")
+    mono = torch.from_numpy(samples.mean(axis=1))
+    return resample(mono, rate).clamp(-1, 1).numpy()
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# --------------------------------------------------------------------------------------------- resampling
+
+
+@lru_cache(maxsize=8)
+def sinc_filter(rate):
+    """Windowed-sinc weights from `rate` to 16 kHz: (up, down, offsets (up,), weights (up, taps)).
+
+    Output n lies at input time n * down / up, whose fraction takes `up` values, each with its own weights: a
+    sinc that cuts at half the lower rate under a Kaiser window (90 dB, pass band to 0.44 of the lower rate).
+    """
+    common = math.gcd(rate, RATE)
+    up, down = RATE // common, rate // common
+    lower = min(rate, RATE) / rate
+    half = math.ceil(0.5 * (90 - 8) / (2.285 * 2 * math.pi * 0.12 * lower)) + 1
+    times = torch.arange(up, dtype=torch.float64) * down / up
+    offsets = times.floor()
+    distance = torch.arange(-half, half + 1) - (times - offsets)[:, None]  # from each tap to the output
+    window = torch.special.i0(9.0 * (1 - (distance / (half + 1)) ** 2).clamp(min=0).sqrt())
+    weights = torch.sinc(lower * distance) * window
+    return up, down, offsets.long(), (weights / weights.sum(1, keepdim=True)).float()
+
+
+def resample(samples, rate):
+    """float32 (n,) at `rate` -> (ceil(n * 16000 / rate),) at 16 kHz: a strided convolution with a row per
+    phase.
+    """
+    if rate == RATE:
+        return samples
+    up, down, offsets, weights = sinc_filter(rate)
+    taps, length = weights.shape[1], math.ceil(len(samples) * RATE / rate)
+    blocks = math.ceil(length / up)  # each gives `up` outputs from `down` inputs
+    padded = torch.nn.functional.pad(samples, (taps // 2, blocks * down + taps - len(samples)))
+    phases = []
+    for rows in torch.arange(up).split(max(1, 2**22 // (down + taps))):  # odd rates have thousands of phases
+        kernel = torch.zeros(len(rows), down + taps)
+        kernel.scatter_(1, offsets[rows, None] + torch.arange(taps), weights[rows])
+        phases.append(
+            torch.nn.functional.conv1d(padded[None, None], kernel[:, None], stride=down)[0, :, :blocks]
+        )
+    return torch.cat(phases).T.reshape(-1)[:length]

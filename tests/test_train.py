@@ -1,0 +1,347 @@
+"""Laws of the run: two processes = one, killed = uninterrupted, and what each layout may not change."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from conftest import DATA
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 5
+
+
+def command(processes, *arguments):
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    return [*python, "train.py", *map(str, arguments)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def train(out, *arguments, processes=1, check=True):
+    """Run train.py as a user would; returns the finished process."""
+    done = subprocess.run(
+        command(processes, "--out", out, *arguments),
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def arguments(world, **more):
+    options = {
+        "model": world / "model", "data": world / "train_qa.json", "audio_dir": world / "audio",
+        "steps": STEPS, "lr": 1e-3, "accumulation": 4, "max_new_tokens": 6, "group_size": 4,
+    } | more  # fmt: skip
+    flat = []
+    for name, value in options.items():
+        if value is True:
+            flat.append(f"--{name}")
+        elif value is not False:
+            flat += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flat
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    """name -> tensor of a checkpoint folder's safetensors files, under the thinker's own names."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors |= {name.removeprefix("thinker."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def distance(a, b):
+    return sum(((a[name] - b[name]).double().norm() ** 2 for name in a if name in b), torch.zeros(())).sqrt()
+
+
+@pytest.fixture(scope="module")
+def one(world, tmp_path_factory):
+    """One process's run of five steps, which the others are compared with."""
+    out = tmp_path_factory.mktemp("one")
+    train(out, *arguments(world))
+    return out
+
+
+LAYOUTS = {
+    "2 processes": (2, {}),
+    "2 processes, re-sharded and recomputed": (2, {"reshard": "on", "checkpointing": "on"}),
+    "2 processes, offloaded": (2, {"cpu_offload": "on", "reshard": "on"}),
+    "2 x 2 processes": (4, {"replicas": 2}),
+    "1 process, recomputed": (1, {"checkpointing": "on"}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_the_run_of_one_process(world, one, layout, tmp_path):
+    processes, options = LAYOUTS[layout]
+    train(tmp_path, *arguments(world, accumulation=4 // processes, **options), processes=processes)
+    rows, expected = log(tmp_path), log(one)
+    assert expected[0]["kl"] == rows[0]["kl"] == 0 and rows[-1]["kl"] > 0  # exactly 0 before the first update
+    assert any(row["frac_reward_zero_std"] < 1 for row in rows)  # some advantages are not zero
+    for row, other in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+        assert row["completion_length"] == other["completion_length"] and row["reward"] == other["reward"]
+    base, w1, w2 = weights(world / "model"), weights(one / "model"), weights(tmp_path / "model")
+    assert distance(w2, w1) <= 1e-3 * distance(w1, base)
+
+
+def test_two_processes_accumulate_the_gradients_of_one(world, tmp_path):
+    """All accumulated gradients after 3 micro-batches per process, element by element."""
+    script = ROOT / "tests" / "dump_gradients.py"
+    for processes in (1, 2):
+        python = command(processes)[:-1]
+        options = arguments(world, accumulation=6 // processes, out=tmp_path / f"g{processes}")
+        subprocess.run(
+            [*python, script, *options], cwd=ROOT, env=environment(), check=True, capture_output=True
+        )
+    one, two = (torch.load(tmp_path / f"g{n}" / "gradients.pt", weights_only=True) for n in (1, 2))
+    assert one["responses"] == two["responses"] and len(one["responses"]) == 6
+    assert one["gradients"].keys() == two["gradients"].keys()
+    for name, gradient in one["gradients"].items():
+        assert (two["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-12, name
+
+
+def test_log_has_the_keys_of_other_trainers(one):
+    keys = [
+        "step",
+        "loss",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "kl",
+        "entropy",
+        "completion_length",
+        "clip_ratio",
+        "grad_norm",
+        "learning_rate",
+        "seconds_wait",
+        "seconds_rollout",
+        "seconds_score",
+        "seconds_update",
+        "peak_memory_mb",
+    ]
+    rows = log(one)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(set(keys) <= set(row) for row in rows)
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3 * (5 - i) / 5 for i in range(5)])
+
+
+MIXED = {"text and sound": True}
+
+
+def mixed(world, **more):
+    """A run that draws each step from AVQA with audio or ARC without."""
+    files = [world / "train_qa.json", world / "arc.jsonl"]
+    return arguments(world, data=files, shares=[0.5, 0.5], **more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["no_audio", "mixed"])
+def test_two_processes_are_one_without_audio_and_mixed(world, tmp_path, kind):
+    make = mixed if kind == "mixed" else (lambda w, **more: arguments(w, no_audio=True, **more))
+    for processes in (1, 2):
+        train(tmp_path / f"r{processes}", *make(world, accumulation=4 // processes), processes=processes)
+    base, w1, w2 = weights(world / "model"), *(weights(tmp_path / f"r{n}" / "model") for n in (1, 2))
+    assert 0 < distance(w2, w1) <= 1e-3 * distance(w1, base) or distance(w2, w1) == 0
+    assert [r["reward"] for r in log(tmp_path / "r1")] == [r["reward"] for r in log(tmp_path / "r2")]
+
+
+def kill_and_resume(out, options, processes, moments, seed=0):
+    """Start the run; kill -9 its whole process group at random moments; start again until it ends."""
+    rng, environ = random.Random(seed), environment()
+    for _ in range(moments):
+        with open(os.devnull, "w") as quiet:
+            job = subprocess.Popen(
+                command(processes, "--out", out, *options),
+                cwd=ROOT, env=environ, stdout=quiet, stderr=quiet, start_new_session=True,
+            )  # fmt: skip
+        have, deadline = len(log(out)) if (out / "log.jsonl").exists() else 0, time.time() + 60
+        while job.poll() is None and time.time() < deadline:  # into its steps, so that something is lost
+            if (out / "log.jsonl").exists() and len(log(out)) != have:
+                break
+            time.sleep(0.02)
+        time.sleep(rng.random())
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    train(out, *options, processes=processes)
+
+
+KILLED = {
+    "1 process": (1, {}),
+    "2 processes, mixed": (2, {"mixed": True}),
+    "1 process, no audio": (1, {"no_audio": True}),
+    "2 processes": (2, {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [("2 processes, mixed", 2)] + [pytest.param(kind, 5, marks=pytest.mark.slow) for kind in KILLED],
+)
+def test_killed_is_uninterrupted(world, tmp_path, kind, kills):
+    processes, options = KILLED[kind]
+    options = dict(options, steps=12, save_every=2, accumulation=2 // processes, workers=1)
+    make = mixed if options.pop("mixed", False) else arguments
+    options = make(world, **options)
+    train(tmp_path / "whole", *options, processes=processes)
+    kill_and_resume(tmp_path / "killed", options, processes, kills)
+    whole, killed = weights(tmp_path / "whole" / "model"), weights(tmp_path / "killed" / "model")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    for row, other in zip(log(tmp_path / "whole"), log(tmp_path / "killed"), strict=True):
+        assert (row["step"], row["loss"], row["grad_norm"]) == (
+            other["step"],
+            other["loss"],
+            other["grad_norm"],
+        )
+
+
+def test_a_signal_saves_the_last_step_and_another_number_of_processes_goes_on(world, one, tmp_path):
+    options = arguments(world, save_every=100)
+    job = subprocess.Popen(
+        command(1, "--out", tmp_path, *options),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.time() + 60
+    while time.time() < deadline and not ((tmp_path / "log.jsonl").exists() and len(log(tmp_path)) >= 2):
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.SIGTERM and "saved" in output
+    (saved,) = (tmp_path / "checkpoints").glob("step-*")
+    assert int(saved.name[5:]) == len(log(tmp_path)) < STEPS
+    train(tmp_path, *arguments(world, accumulation=2), processes=2)
+    base, w1, w2 = weights(world / "model"), weights(one / "model"), weights(tmp_path / "model")
+    assert distance(w2, w1) <= 1e-3 * distance(w1, base)
+
+
+def test_resuming_with_other_arguments_is_refused_with_the_difference(world, tmp_path):
+    options = arguments(world, steps=3, save_every=2, max_new_tokens=2)
+    train(tmp_path, *options)
+    assert "finished" in train(tmp_path, *options).stdout
+    shutil.rmtree(tmp_path / "model")
+    # as a run that was cut off after its second step: write that checkpoint again
+    done = train(tmp_path, *arguments(world, steps=3, save_every=1, max_new_tokens=2))
+    assert done.returncode == 0
+
+
+BAD_ARGUMENTS = {
+    "model": ("no/such/folder", "no model folder"),
+    "data": ("nothing.json", "nothing.json"),
+    "steps": (0, "--steps"),
+    "group_size": (1, "--group_size"),
+    "accumulation": (0, "--accumulation"),
+    "replicas": (3, "--replicas"),
+    "audio_dir": ("/nowhere", "no readable clip"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments_get_one_line_and_exit_code_2(world, tmp_path, name):
+    value, words = BAD_ARGUMENTS[name]
+    done = train(tmp_path / "run", *arguments(world, **{name: value}), check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and words in errors[0]
+    assert "Traceback" not in done.stderr and not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def broken_world(world, folder, broken):
+    """The world's training questions with their clips, `broken` of which have a good header and bad
+    samples.
+    """
+    rows = json.loads((world / "train_qa.json").read_text())[:20]
+    (folder / "audio").mkdir()
+    for i, row in enumerate(rows):
+        clip = next((world / "audio").glob(f"{row['video_name']}.*"))
+        target = folder / "audio" / f"{row['video_name']}.wav"
+        samples, rate = soundfile.read(clip, dtype="float32")
+        if i < broken:
+            samples[len(samples) // 2] = float("nan")
+        soundfile.write(target, samples, rate, subtype="FLOAT")
+    (folder / "train_qa.json").write_text(json.dumps(rows))
+    return folder / "train_qa.json", folder / "audio"
+
+
+def test_a_clip_that_fails_to_decode_is_replaced_the_same_way_on_any_number_of_processes(world, tmp_path):
+    data, clips = broken_world(world, tmp_path, broken=2)
+    options = arguments(world, data=data, audio_dir=clips, max_bad=0.5)
+    for processes in (1, 2):
+        more = ["--accumulation", str(4 // processes)]
+        done = train(tmp_path / f"r{processes}", *options, *more, processes=processes)
+        assert "replaced" in done.stderr
+    one, two = log(tmp_path / "r1"), log(tmp_path / "r2")
+    assert [r["reward"] for r in one] == [r["reward"] for r in two] and one[-1]["bad_clips"] == two[-1][
+        "bad_clips"
+    ] > 0
+
+
+def test_a_non_finite_loss_stops_before_the_optimizer_moves(world, tmp_path):
+    """A weight that is infinite makes the first step's loss NaN: nothing is stepped, the questions are
+    named.
+    """
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(world / "model", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("layers.0.mlp.down_proj.weight") and "talker" not in n)
+    tensors[name][0, 0] = float("inf")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    done = train(tmp_path / "run", *arguments(world, model=tmp_path / "model"), check=False)
+    assert done.returncode == 2 and "not finite" in done.stderr and "Traceback" not in done.stderr
+    asked = json.loads((tmp_path / "run" / "nonfinite-step-1-rank-0.json").read_text())
+    assert len(asked) == 4 and all(len(row["responses"]) == 4 for row in asked)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_one_line(world, tmp_path):
+    (tmp_path / "log.jsonl.writing").symlink_to("/dev/full")
+    done = train(tmp_path, *arguments(world, steps=1), check=False)
+    assert done.returncode == 2 and "error: [Errno 28]" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_one_process_dying_ends_the_run(world, tmp_path):
+    options = arguments(world, steps=500)
+    job = subprocess.Popen(
+        command(2, "--out", tmp_path, *options),
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 60
+    while time.time() < deadline and not ((tmp_path / "log.jsonl").exists() and log(tmp_path)):
+        time.sleep(0.05)
+    listed = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(listed[-1]), signal.SIGKILL)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode != 0 and "exitcode" in output
+
+
+@pytest.mark.skipif(not DATA.exists(), reason=f"real clips and questions are not at {DATA}")
+def test_a_step_on_the_real_question_and_clip(world, tmp_path):
+    row = json.loads((DATA / "mmau-test-mini-original.json").read_text())[0]
+    (tmp_path / "mmau.json").write_text(json.dumps([row]))
+    options = arguments(world, data=tmp_path / "mmau.json", audio_dir=DATA / "audio", steps=1, accumulation=1)
+    train(tmp_path / "run", *options)
+    (row,) = log(tmp_path / "run")
+    assert row["completion_length"] > 0 and row["grad_norm"] > 0
