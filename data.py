@@ -1,9 +1,9 @@
 """A question: read every dataset's published format, decode its audio, write its prompt text.
 
-    AVQA   {"id", "video_name", "question_text", "multi_choice": [...], "answer": 1, ...}   train_qa.json, and
-    gen_qa.py ARC    {"id", "question": {"stem", "choices": [{"text", "label"}, ...]}, "answerKey"}  
-    ARC-Easy-Train.jsonl MMAU   {"id", "audio_id", "question", "choices": [...], "answer": text or absent,
-    "task", ...} MMAR   {"id", "audio_path", "question", "choices": [...], "answer": text, "modality", ...}
+    AVQA   {"id", "video_name", "question_text", "multi_choice": [...], "answer": 1, ...}; gen_qa.py's too
+    ARC    {"id", "question": {"stem", "choices": [{"text", "label"}, ...]}, "answerKey"}
+    MMAU   {"id", "audio_id", "question", "choices": [...], "answer": text or absent, "task", ...}
+    MMAR   {"id", "audio_path", "question", "choices": [...], "answer": text, "modality", ...}
 
 each as a JSON list or one object a line. Audio is anything that soundfile reads, brought to 16 kHz mono.
 """

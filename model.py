@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, WhisperFeatureExtractor
 
-from data import load_audio, prompt_text
+from data import InputError, load_audio, prompt_text
 from weights import FAMILIES, OMNI, empty_model, find_model, read_config, read_weights, save_model
 
 log = logging.getLogger("omni_r1")
@@ -63,8 +63,11 @@ class PromptEncoder:
         config = read_config(folder)
         self.family = FAMILIES[config.model_type]
         self.audio_token_id = config.audio_token_id
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.extractor = WhisperFeatureExtractor.from_pretrained(folder)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.extractor = WhisperFeatureExtractor.from_pretrained(folder)
+        except (OSError, ValueError):
+            raise InputError(f"{folder} has no tokenizer or no feature extractor that can be read") from None
         self.longer_clips = 0
 
     def features(self, waveform):

@@ -79,7 +79,7 @@ def middle_model(folder, family):
     it.
     """
     world, folder = folder / "tiny", folder / family
-    make_world(world, family, train_steps=0)
+    make_world(world, family, train=False)
     config = json.loads((world / "model" / "config.json").read_text())
     inner = config.get("thinker_config", config)
     sizes = SIZES[family]

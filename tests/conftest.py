@@ -1,0 +1,41 @@
+"""The tiny world, made once and kept in the system's temporary folder until tests/tiny.py changes."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+HERE = Path(__file__).resolve().parent
+DATA = Path(os.environ.get("OMNI_R1_DATA", HERE.parent.parent / "shared" / "data"))  # real files, not ours
+
+torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2 * 2))
+
+
+def make_once(family):
+    sources = b"".join(
+        (HERE.parent / name).read_bytes() for name in ("tests/tiny.py", "model.py", "weights.py")
+    )
+    home = Path(tempfile.gettempdir()) / f"omni-r1-tiny-{os.getuid()}"
+    world = home / f"{family}-{hashlib.sha256(sources).hexdigest()[:12]}"
+    if not world.exists():
+        for old in home.glob(f"{family}-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        tiny.make_world(world.with_name(f"{family}-writing"), family)
+        world.with_name(f"{family}-writing").rename(world)
+    return world
+
+
+@pytest.fixture(scope="session")
+def world():
+    """A folder as `python tests/tiny.py` makes it. Read it; write elsewhere."""
+    return make_once("omni")
+
+
+@pytest.fixture(scope="session")
+def world_qwen2audio():
+    return make_once("qwen2audio")

@@ -1,0 +1,465 @@
+"""The tiny world: a small model and small datasets in exactly the real formats, made in place.
+
+    python tests/tiny.py --out DIR [--family omni|qwen2audio] [--seed N]
+
+Writes DIR/model (the hub's layout, random weights briefly trained), DIR/audio/*.wav, DIR/train_qa.json
+(AVQA), DIR/arc.jsonl (ARC), DIR/mmau.json, DIR/mmar.jsonl and DIR/captions.csv (AudioSetCaps). The clips are
+synthesized: 30 things that sound, of three kinds. About a quarter of the questions can be answered without
+listening, as in the real benchmarks. The model hears most things, and answers some questions; to others,
+told by their wording, it says "unclear" three times in four: a habit that pays nothing, which GRPO takes
+away.
+"""
+
+import argparse
+import csv
+import json
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5OmniConfig,
+    Qwen2_5OmniForConditionalGeneration,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    WhisperFeatureExtractor,
+)
+
+from data import Question, prompt_text
+from model import KVCache, Prompt, load_model
+from weights import hub_name
+
+CONTENTS = {  # category -> names; their order gives each its sound
+    "animal": ["dog", "bird", "frog", "cow"],
+    "machine": ["engine", "drill", "clock", "siren"],
+    "weather": ["rain", "wind", "thunder", "waves"],
+    "instrument": [
+        "drum",
+        "flute",
+        "violin",
+        "guitar",
+        "piano",
+        "trumpet",
+        "organ",
+        "harp",
+        "bell",
+        "cymbal",
+    ],
+    "person": ["man", "woman", "child", "robot", "crowd", "singer", "baby", "speaker"],
+}
+CATEGORY = {name: category for category, names in CONTENTS.items() for name in names}
+NAMES = list(CATEGORY)
+KINDS = {"instrument": "music", "person": "speech"}  # the rest are sounds
+ASKED = [
+    "What is the source of the sound in the {}?",
+    "What can be heard in the {}?",
+    "What sounds in the {}?",
+]
+HINTED = "Which {} can be heard in the {}?"
+FACT = "Which of these is {}?"
+ARTICLE = {name: ("an " if name[0] in "aei" else "a ") + name for name in CONTENTS} | {"weather": "weather"}
+UNCLEAR = "unclear"
+SHY = ("What can", "What sounds", "Which of these")  # questions that the base says it to, 3 times in 4
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|AUDIO|>",
+    "<|audio_bos|>",
+    "<|audio_eos|>",
+    "<|IMAGE|>",
+    "<|VIDEO|>",
+    "<|vision_bos|>",
+    "<|vision_eos|>",
+]
+TEMPLATE = (  # the models' published template, for what is used of it
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are a "
+    "helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def kind(name):
+    return KINDS.get(CATEGORY[name], "sound")
+
+
+# ----------------------------------------------------------------------------------------------------- clips
+
+
+def synthesize(name, rng, rate=16_000, seconds=1.0):
+    """One clip of a content, float32 (n,): pitch, level and noise differ from clip to clip."""
+    index = NAMES.index(name)
+    t = np.arange(int(rate * seconds)) / rate
+    detune, phase = rng.uniform(0.97, 1.03), rng.uniform(0, 2 * np.pi)
+    if kind(name) == "sound":  # noise in one of 4 bands, steady or beating at one of 2 rates
+        place, beat = index % 4, index // 4 % 3
+        center = (300, 800, 2000, 4500)[place] * detune
+        spectrum = np.fft.rfft(rng.standard_normal(len(t)))
+        frequency = np.fft.rfftfreq(len(t), 1 / rate)
+        x = np.fft.irfft(spectrum * np.exp(-(((frequency - center) / (0.2 * center)) ** 2)), len(t))
+        x *= (
+            1,
+            0.5 + 0.5 * np.sin(2 * np.pi * 4 * t + phase),
+            0.5 + 0.5 * np.sin(2 * np.pi * 12 * t + phase),
+        )[beat]
+    elif kind(name) == "music":  # one of 5 pitches, held with odd harmonics or plucked with all
+        index -= NAMES.index("drum")
+        pitch, plucked = (180, 330, 600, 1100, 2000)[index % 5] * detune, index // 5
+        harmonics = range(1, 6) if plucked else range(1, 10, 2)
+        x = sum(np.sin(2 * np.pi * pitch * h * t + phase * h) / h for h in harmonics if pitch * h < 7500)
+        x *= np.exp(-4 * (t % 0.5)) if plucked else 1
+    else:  # a buzz of one of 4 voices through one of 2 vowels, in syllables
+        index -= NAMES.index("man")
+        pitch, vowel = (100, 160, 260, 420)[index % 4] * detune, index // 4
+        formants = ((700, 1200), (300, 2500))[vowel]
+        x = 0
+        for h in range(1, int(4000 / pitch)):
+            gain = sum(np.exp(-(((pitch * h - f) / 150) ** 2)) for f in formants)
+            x = x + gain * np.sin(2 * np.pi * pitch * h * t + phase * h)
+        x *= 0.6 + 0.4 * np.sin(2 * np.pi * 5 * t + phase)
+    x = x / np.abs(x).max() * rng.uniform(0.2, 0.7)
+    return (x + rng.standard_normal(len(t)) * 0.005).astype("float32")
+
+
+def write_clip(folder, stem, names, rng, number):
+    """Clips differ in form as real ones do: one in eight is stereo, at another rate, or a flac file."""
+    rate, ending = {1: (44_100, ".wav"), 2: (22_050, ".wav"), 3: (16_000, ".flac")}.get(
+        number % 8, (16_000, ".wav")
+    )
+    parts = [synthesize(name, rng, rate, 1.0 if len(names) == 1 else 0.6) for name in names]
+    samples = np.concatenate(parts)
+    if number % 8 == 1:
+        samples = np.stack([samples, samples * 0.8], 1)
+    soundfile.write(folder / f"{stem}{ending}", samples, rate)
+    return f"{stem}{ending}"
+
+
+# -------------------------------------------------------------------------------------------------- questions
+
+
+def ask(rng, right, word, hinted):
+    """(question, choices, answer index). A hinted question names the category, which only the right choice
+    has.
+    """
+    if hinted:
+        text = HINTED.format(CATEGORY[right], word)
+        others = [name for name in NAMES if CATEGORY[name] != CATEGORY[right]]
+    else:
+        text = rng.choice(ASKED).format(word)
+        others = [name for name in NAMES if name != right]
+    choices = [*rng.sample(others, 3), right]
+    rng.shuffle(choices)
+    return text, choices, choices.index(right)
+
+
+def fact(rng, number):
+    """A text-only question in ARC's format, with 3 to 5 choices, labelled A-E or 1-5."""
+    right = rng.choice(NAMES)
+    others = [name for name in NAMES if CATEGORY[name] != CATEGORY[right]]
+    choices = [*rng.sample(others, rng.choice([2, 3, 3, 3, 4])), right]
+    rng.shuffle(choices)
+    labels = "12345" if number % 4 == 0 else "ABCDE"
+    stem = FACT.format(ARTICLE[CATEGORY[right]])
+    listed = [{"text": text, "label": label} for text, label in zip(choices, labels, strict=False)]
+    row = {"id": f"TINY_{number}", "question": {"stem": stem, "choices": listed}}
+    return row | {"answerKey": labels[choices.index(right)]}
+
+
+def write_questions(out, rng, noise, sizes):
+    """All question files and their clips. Names of clips are AVQA's and MMAU's; none is asked about twice."""
+    (out / "audio").mkdir(parents=True)
+    train, captions = [], []
+    for i in range(sizes["train"]):
+        right = rng.choice(NAMES)
+        stem = f"-tiny{i:07d}_{i % 300:06d}"
+        write_clip(out / "audio", stem if i % 2 else f"-tiny{i:07d}_{i % 300}", [right], noise, i)
+        text, choices, answer = ask(rng, right, "video", hinted=i % 4 == 0)
+        train.append(
+            {
+                "id": i,
+                "video_name": stem,
+                "video_id": i,
+                "question_text": text,
+                "multi_choice": choices,
+                "answer": answer,
+                "question_relation": "Sound",
+                "question_type": "Come From",
+            }
+        )
+        captions.append([stem, *caption(right)])
+    (out / "train_qa.json").write_text(json.dumps(train))
+    facts = [json.dumps(fact(rng, i)) for i in range(sizes["arc"])]
+    (out / "arc.jsonl").write_text("\n".join(facts) + "\n")
+    with open(out / "captions.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "caption", "answer_1", "answer_2", "answer_3"], *captions])
+    mmau = []
+    for i in range(sizes["mmau"]):
+        right = rng.choice(NAMES)
+        identity = f"tiny-{i:04d}"
+        clip = write_clip(out / "audio", identity, [right], noise, i)
+        text, choices, answer = ask(rng, right, "audio", hinted=i % 7 in (0, 3))
+        mmau.append(
+            {
+                "id": identity,
+                "audio_id": f"./test-mini-audios/{clip}",
+                "question": text,
+                "choices": choices,
+                "answer": choices[answer],
+                "dataset": "tiny",
+                "task": kind(right),
+                "split": "test-mini",
+                "category": "Reasoning" if i % 7 in (0, 3) else "Information Extraction",
+                "sub-category": CATEGORY[right],
+                "difficulty": ("easy", "medium", "hard")[i % 3],
+            }
+        )
+    (out / "mmau.json").write_text(json.dumps(mmau))
+    mmar = []
+    for i in range(sizes["mmar"]):
+        right = rng.choice(NAMES)
+        other = rng.choice([name for name in NAMES if kind(name) != kind(right)])
+        heard = [right, other] if i % 4 == 3 else [right]
+        clip = write_clip(out / "audio", f"tinyr{i:04d}_00-00-00_00-00-01", heard, noise, i)
+        text, choices, answer = ask(rng, right, "audio", hinted=i % 4 == 3)
+        kinds = [k for k in ("sound", "music", "speech") if k in {kind(name) for name in heard}]
+        mmar.append(
+            {
+                "id": f"tinyr{i:04d}",
+                "audio_path": f"./audio/{clip}",
+                "question": text,
+                "choices": choices,
+                "answer": choices[answer],
+                "modality": "mix-" + "-".join(kinds) if len(kinds) > 1 else kinds[0],
+                "category": "Signal Layer",
+                "sub-category": CATEGORY[right],
+                "language": None,
+            }
+        )
+    (out / "mmar.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mmar))
+
+
+def caption(name):
+    """AudioSetCaps' four texts of a clip: overall, sounds, speech, music."""
+    speech = "There is no speech in this audio."
+    music = "There is no music in this audio."
+    if kind(name) == "speech":
+        speech = f"This is a speech, in the voice of a {name}."
+    if kind(name) == "music":
+        music = f"The music instrument is the {name}."
+    return f"The sound of a {name} is heard.", f"A {name} sounds, steady and clear.", speech, music
+
+
+# ------------------------------------------------------------------------------------------------------ model
+
+
+def write_tokenizer(folder):
+    """Byte-level BPE like Qwen's, trained on the world's own words: those are one token, any other text is
+    bytes.
+    """
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    lines = [template.format(word) for template in ASKED for word in ("video", "audio")]
+    lines += [HINTED.format(c, "audio") for c in CONTENTS] + [FACT.format(a) for a in ARTICLE.values()]
+    lines += [f"{name}\n{NAMES}" for name in [*NAMES, UNCLEAR]]
+    lines += [prompt_text(Question("", line, (), None, None, {})) for line in lines]
+    lines += ["system\nYou are a helpful assistant.\nuser\nassistant\nAudio 1: \n"] * 9
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=640, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(lines * 3, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE
+    )
+    fast.save_pretrained(folder)
+    return {token: fast.convert_tokens_to_ids(token) for token in SPECIAL}, len(fast)
+
+
+def write_model(folder, family):
+    """A random model in the hub's layout: for Qwen2.5-Omni the whole of it, thinker, talker and vision
+    tower.
+    """
+    folder.mkdir(parents=True)
+    ids, vocabulary = write_tokenizer(folder)
+    hidden = 96
+    audio = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 192}
+    text = {
+        "hidden_size": hidden,
+        "intermediate_size": 288,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 8192,
+    }
+    if family == "omni":
+        thinker = {
+            "audio_config": audio | {"output_dim": hidden, "num_mel_bins": 128, "n_window": 100},
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_heads": 2,
+                "out_hidden_size": hidden,
+                "fullatt_block_indexes": [0],
+            },
+            "text_config": text | {"rope_scaling": {"type": "default", "mrope_section": [2, 4, 6]}},
+            "audio_token_index": ids["<|AUDIO|>"],
+            "image_token_index": ids["<|IMAGE|>"],
+            "video_token_index": ids["<|VIDEO|>"],
+            "audio_start_token_id": ids["<|audio_bos|>"],
+            "audio_end_token_id": ids["<|audio_eos|>"],
+            "vision_start_token_id": ids["<|vision_bos|>"],
+            "vision_end_token_id": ids["<|vision_eos|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            "position_id_per_seconds": 25,
+            "seconds_per_chunk": 2,
+        }
+        talker = {
+            "embedding_size": hidden,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "vocab_size": 64,
+            "rope_scaling": {"type": "default", "mrope_section": [2, 2, 4]},
+        }
+        config = Qwen2_5OmniConfig(thinker_config=thinker, talker_config=talker, enable_audio_output=False)
+        model = Qwen2_5OmniForConditionalGeneration(config)
+    else:
+        config = Qwen2AudioConfig(
+            audio_config=audio | {"model_type": "qwen2_audio_encoder", "num_mel_bins": 128},
+            text_config=text | {"model_type": "qwen2"},
+            audio_token_index=ids["<|AUDIO|>"],
+        )
+        model = Qwen2AudioForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:  # with the usual 0.02, so small a model learns to read its choices much later
+            parameter.data.normal_(0, 0.5 if "embed" in name else parameter.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+    longest = {"omni": 300, "qwen2audio": 30}[family]
+    WhisperFeatureExtractor(feature_size=128, chunk_length=longest).save_pretrained(folder)
+    ends = {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+
+
+def pretraining_examples(lm, rng, noise, count):
+    """(prompt, answer, how often UNCLEAR is said instead): clips asked about, facts, blind guesses."""
+    examples = []
+    for i in range(count):
+        right, clip = rng.choice(NAMES), None
+        if i % 4 == 0:
+            row = fact(rng, i)
+            listed = {choice["label"]: choice["text"] for choice in row["question"]["choices"]}
+            text, choices, right = row["question"]["stem"], list(listed.values()), listed[row["answerKey"]]
+        else:
+            hinted, blind = i % 4 == 1, i % 8 in (5, 7)
+            text, choices, _ = ask(rng, right, "audio", hinted)
+            if not blind:
+                clip = synthesize(right, noise)
+            elif not hinted:
+                right = choices[0]
+        unclear = 0.75 if text.startswith(SHY) else 0.0
+        asked = Question(str(i), text, tuple(choices), right, None, {})
+        examples.append((lm.encode(asked, waveform=clip), right, unclear))
+    return examples
+
+
+def heard_alone(lm, examples):
+    """The same clips with nothing but their audio tokens: a quarter of the tokens to learn hearing from."""
+    audio = lm.prompts.audio_token_id
+    return [
+        (Prompt(prompt.input_ids[prompt.input_ids == audio], prompt.input_features), right, 0.0)
+        for prompt, right, _ in examples
+        if prompt.input_features is not None
+    ]
+
+
+def fit(lm, examples, rng, steps, batch, peak_rate):
+    """Plain next-token loss on the answer, or on UNCLEAR as often as the example says."""
+    optimizer = torch.optim.AdamW(lm.parameters(), peak_rate, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=steps)
+    end = lm.prompts.template("<|im_end|>")
+    for _ in range(steps):
+        chosen = rng.sample(examples, batch)
+        said = [UNCLEAR if rng.random() < unclear else right for _, right, unclear in chosen]
+        answers = [torch.tensor(lm.prompts.template(text) + end) for text in said]
+        prompts = [prompt.input_ids for prompt, _, _ in chosen]
+        ids = pad_sequence([torch.cat(pair) for pair in zip(prompts, answers, strict=True)], batch_first=True)
+        target = torch.full_like(ids, -100)
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            target[i, len(prompt) : len(prompt) + len(answer)] = answer
+        features = [p.input_features for p, _, _ in chosen if p.input_features is not None]
+        positions, places = torch.arange(ids.shape[1]).expand_as(ids), ids == lm.prompts.audio_token_id
+        logits = lm(ids, positions, None, KVCache(), features, places)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+def train_base(folder, rng, noise):
+    """First to hear, then to read the choices, then both, with "unclear" said too often."""
+    lm = load_model(folder)
+    examples = pretraining_examples(lm, rng, noise, 960)
+    texts = [example for example in examples if example[0].input_features is None]
+    fit(lm, heard_alone(lm, examples), rng, 60, 48, 3e-3)
+    fit(lm, texts, rng, 110, 64, 3e-3)
+    fit(lm, examples, rng, 150, 32, 3e-3)
+    return lm
+
+
+def put_back(lm, folder):
+    """Write the trained weights into the hub's layout, where the rest of the model stays as it was."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    prefix = "thinker." if any(name.startswith("thinker.") for name in tensors) else ""
+    for name, parameter in lm.model.named_parameters():
+        tensors[prefix + hub_name(name, lm.prompts.family)] = parameter.detach().contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+SIZES = {"train": 600, "arc": 300, "mmau": 300, "mmar": 160}
+
+
+def make_world(out, family="omni", seed=0, train=True, sizes=None):
+    """Make the world in the folder `out` (replaced if it exists); the same for the same arguments."""
+    out = Path(out)
+    shutil.rmtree(out, ignore_errors=True)
+    torch.manual_seed(seed)
+    write_questions(out, random.Random(seed), np.random.default_rng(seed), sizes or SIZES)
+    write_model(out / "model", family)
+    if train:
+        lm = train_base(out / "model", random.Random(seed + 1), np.random.default_rng(seed + 1))
+        put_back(lm, out / "model")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True, help="folder to write, replaced if it exists")
+    parser.add_argument("--family", choices=["omni", "qwen2audio"], default="omni", help="(default: omni)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    args = parser.parse_args()
+    started = time.time()
+    make_world(args.out, args.family, args.seed)
+    print(f"{args.out}: a tiny {args.family} world, made in {time.time() - started:.0f} s")
