@@ -339,7 +339,8 @@ def draw(logits, temperature, generator):
     """(B, G, vocabulary) -> one token each, (B, G)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits / temperature).softmax(-1)
+    # A NaN stops multinomial (and with it a GPU for good); let the loss be NaN instead, which is reported.
+    probabilities = (logits / temperature).softmax(-1).nan_to_num(nan=1.0)
     return torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
 
 

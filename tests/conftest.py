@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+
+import tiny
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("OMNI_R1_DATA", HERE.parent.parent / "shared" / "data"))  # real files, not ours
@@ -17,11 +18,8 @@ torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2 * 2))
 
 
 def make_once(family):
-    sources = b"".join(
-        (HERE.parent / name).read_bytes() for name in ("tests/tiny.py", "model.py", "weights.py")
-    )
     home = Path(tempfile.gettempdir()) / f"omni-r1-tiny-{os.getuid()}"
-    world = home / f"{family}-{hashlib.sha256(sources).hexdigest()[:12]}"
+    world = home / f"{family}-{hashlib.sha256(Path(tiny.__file__).read_bytes()).hexdigest()[:12]}"
     if not world.exists():
         for old in home.glob(f"{family}-*"):
             shutil.rmtree(old, ignore_errors=True)
