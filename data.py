@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import torch
 
 log = logging.getLogger("omni_r1")
 
@@ -87,6 +86,13 @@ def parse_json(text):
         return json.loads(text, parse_constant=lambda name: None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def write_text(path, text):
+    """Write beside the name, then rename: a reader, or a kill, never meets half a file."""
+    scratch = Path(f"{path}.writing")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
 
 
 def read_questions(path, audio_dir=None, max_bad=0.10) -> list[Question]:
@@ -258,8 +264,7 @@ def load_audio(path, max_seconds=None) -> np.ndarray:
         raise InputError(f"{path}: has no samples")
     if not np.isfinite(samples).all():
         raise InputError(f"{path}: has samples that are not finite")
-    mono = torch.from_numpy(samples.mean(axis=1))
-    return resample(mono, rate).clamp(-1, 1).numpy()
+    return np.clip(resample(samples.mean(axis=1), rate), -1, 1)
 
 
 def first_line(error):
@@ -276,6 +281,8 @@ def sinc_filter(rate):
     Output n lies at input time n * down / up, whose fraction takes `up` values, each with its own weights: a
     sinc that cuts at half the lower rate under a Kaiser window (90 dB, pass band to 0.44 of the lower rate).
     """
+    import torch  # not at the top: gen_qa.py does without, in a quarter of the memory
+
     common = math.gcd(rate, RATE)
     up, down = RATE // common, rate // common
     lower = min(rate, RATE) / rate
@@ -294,10 +301,14 @@ def resample(samples, rate):
     """
     if rate == RATE:
         return samples
+    import torch
+
     up, down, offsets, weights = sinc_filter(rate)
     taps, length = weights.shape[1], math.ceil(len(samples) * RATE / rate)
     blocks = math.ceil(length / up)  # each gives `up` outputs from `down` inputs
-    padded = torch.nn.functional.pad(samples, (taps // 2, blocks * down + taps - len(samples)))
+    padded = torch.nn.functional.pad(
+        torch.from_numpy(samples), (taps // 2, blocks * down + taps - len(samples))
+    )
     phases = []
     for rows in torch.arange(up).split(max(1, 2**22 // (down + taps))):  # odd rates have thousands of phases
         kernel = torch.zeros(len(rows), down + taps)
@@ -305,4 +316,4 @@ def resample(samples, rate):
         phases.append(
             torch.nn.functional.conv1d(padded[None, None], kernel[:, None], stride=down)[0, :, :blocks]
         )
-    return torch.cat(phases).T.reshape(-1)[:length]
+    return torch.cat(phases).T.reshape(-1)[:length].numpy()

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import InputError, check_clip, read_questions
+from data import InputError, check_clip, read_questions, write_text
 from grpo import clock, question_loss
 from model import load_model
 from plan import choose_plan, plan_table
@@ -45,7 +45,6 @@ from weights import (
     release,
     save_checkpoint,
     shard,
-    write_text,
 )
 
 log = logging.getLogger("omni_r1")

@@ -33,7 +33,7 @@ from transformers import (
     logging,
 )
 
-from data import InputError
+from data import InputError, write_text
 
 logging.set_verbosity_error()  # the hub's own Qwen2.5-Omni config draws a page of warnings
 
@@ -281,13 +281,6 @@ def checkpoint_activations(lm):
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
-
-
-def write_text(path, text):
-    """Write beside the name, then rename: a reader, or a kill, never meets half a file."""
-    scratch = Path(f"{path}.writing")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
 
 
 def checkpoints(out):

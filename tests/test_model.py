@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DATA
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from conftest import DATA
 from data import InputError, Question, load_audio, prompt_text, read_questions
 from model import audio_tokens, draw, load_model
 from weights import checkpoint_activations

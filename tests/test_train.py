@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import DATA
 from safetensors import safe_open
 
+from conftest import DATA
 from data import read_questions
 from train import main
 
