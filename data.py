@@ -317,3 +317,51 @@ def resample(samples, rate):
             torch.nn.functional.conv1d(padded[None, None], kernel[:, None], stride=down)[0, :, :blocks]
         )
     return torch.cat(phases).T.reshape(-1)[:length].numpy()
+
+
+# ------------------------------------------------------------------------------------------ order of a run
+
+
+class Questions:
+    """A Dataset of what a process is asked: item i is question k = (i mod A) W + rank of step i div A + 1.
+
+    All questions of a step come from one file, drawn by the shares, so that all ranks run the same modules. A
+    clip that fails to decode is replaced by the next good question of an order that (seed, step, k) decide.
+    """
+
+    def __init__(self, files, prompts, config, rank, world):
+        self.files, self.prompts, self.config, self.rank, self.world = files, prompts, config, rank, world
+        shares = np.array(config.shares or [1] * len(files), float)
+        rng = np.random.default_rng([config.seed, 1])
+        self.file_of_step = rng.choice(len(files), size=config.steps, p=shares / shares.sum())
+
+    def __len__(self):
+        return self.config.steps * self.config.accumulation
+
+    def candidates(self, step, k):
+        """Question k of the step, from the file's permutation of this epoch; then what may stand in for
+        it.
+        """
+        file = self.file_of_step[step - 1]
+        questions, per_step = self.files[file], self.config.accumulation * self.world
+        asked_before = int((self.file_of_step[: step - 1] == file).sum()) * per_step + k
+        epoch, place = divmod(asked_before, len(questions))
+        order = np.random.default_rng([self.config.seed, 2, file, epoch]).permutation(len(questions))
+        yield questions[order[place]]
+        for index in np.random.default_rng([self.config.seed, 3, step, k]).permutation(len(questions)):
+            yield questions[index]
+
+    def __getitem__(self, i):
+        """-> (step, k, question, prompt, why the clips before it were passed over); prompt None: 20
+        failed.
+        """
+        step, micro = i // self.config.accumulation + 1, i % self.config.accumulation
+        k, bad = micro * self.world + self.rank, []
+        for question in self.candidates(step, k):
+            try:
+                return step, k, question, self.prompts.encode(question, not self.config.no_audio), bad
+            except InputError as error:
+                bad.append(str(error))
+                if len(bad) == 20:
+                    break
+        return step, k, question, None, bad

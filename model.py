@@ -95,7 +95,8 @@ class PromptEncoder:
         features, audio_ids = None, []
         if use_audio and (waveform is not None or question.audio is not None):
             if waveform is None:
-                waveform = self.load_clip(question.audio)
+                longest = self.extractor.chunk_length + 1
+                waveform = self.cut(load_audio(question.audio, longest), question.audio)
             features = self.features(waveform)
             placeholders = audio_tokens(features.shape[1] - self.family.padding_frames)
             audio_ids = [self.audio_token_id] * placeholders
@@ -110,17 +111,12 @@ class PromptEncoder:
         ids = self.template(head) + audio_ids + text_ids + self.template(tail)
         return Prompt(torch.tensor(ids), features)
 
-    def load_clip(self, path):
-        """The clip, cut where the model's own processor cuts it (300 s, 30 s for Qwen2-Audio), with a
-        warning.
-        """
+    def cut(self, waveform, path):
+        """The clip as far as the published processor hears it (300 or 30 s), with a warning."""
         seconds = self.extractor.chunk_length
-        waveform = load_audio(path, max_seconds=seconds + 1)
         if len(waveform) > seconds * 16000:
             self.longer_clips += 1
-            log.warning(
-                "%s is longer than %d s: cut there (clip %d so far)", path, seconds, self.longer_clips
-            )
+            log.warning("%s is longer than %d s: cut there (%d so far)", path, seconds, self.longer_clips)
         return waveform[: seconds * 16000]
 
     def template(self, text):

@@ -20,19 +20,15 @@ import shutil
 import signal
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from datetime import timedelta
 from pathlib import Path
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers are forked
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import InputError, check_clip, read_questions, write_text
+from data import InputError, Questions, check_clip, read_questions, write_text
 from grpo import clock, question_loss
 from model import load_model
 from plan import choose_plan, plan_table
@@ -41,10 +37,12 @@ from weights import (
     checkpoints,
     empty_model,
     find_model,
+    gather,
     load_checkpoint,
     release,
     save_checkpoint,
     shard,
+    start_processes,
 )
 
 log = logging.getLogger("omni_r1")
@@ -135,37 +133,6 @@ def check_arguments(config):
         raise InputError(f"--shares: give {files} numbers, one for each file, none negative")
 
 
-def start_processes(config):
-    """Join torchrun's processes, or be the only one. Returns (rank, world size, device)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if world % config.replicas:
-        raise InputError(f"--replicas {config.replicas} does not divide the {world} processes")
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.accelerator.is_available():
-        if local >= torch.accelerator.device_count():
-            raise InputError(
-                f"--nproc_per_node is more than the {torch.accelerator.device_count()} GPUs here"
-            )
-        torch.accelerator.set_device_index(local)
-        device = torch.device(torch.accelerator.current_accelerator().type, local)
-        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-    store = None if "RANK" in os.environ else dist.HashStore()
-    limit = timedelta(minutes=config.timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    # The order of additions decides the last bit, and a resumed run must give the same weights.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    return rank, world, device
-
-
-def gather(value):
-    """One Python value per process -> the list of all."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def load_questions(config, rank, world):
     """The question files, each a list of the questions whose clip exists and has a readable header.
 
@@ -196,51 +163,6 @@ def load_questions(config, rank, world):
             log.info("%s: %d questions, %d left out", path, len(good), missing)
         files.append(good)
     return files
-
-
-class Questions(Dataset):
-    """What this process is asked: item i is question k = (i mod A)·W + rank of step i div A + 1, encoded.
-
-    All questions of a step come from one file, drawn by the shares, so that all ranks run the same modules. A
-    clip that fails to decode is replaced by the next good question of an order that (seed, step, k) decide.
-    """
-
-    def __init__(self, files, prompts, config, rank, world):
-        self.files, self.prompts, self.config, self.rank, self.world = files, prompts, config, rank, world
-        shares = np.array(config.shares or [1] * len(files), float)
-        rng = np.random.default_rng([config.seed, 1])
-        self.file_of_step = rng.choice(len(files), size=config.steps, p=shares / shares.sum())
-
-    def __len__(self):
-        return self.config.steps * self.config.accumulation
-
-    def candidates(self, step, k):
-        """Question k of the step, from the file's permutation of this epoch; then what may stand in for
-        it.
-        """
-        file = self.file_of_step[step - 1]
-        questions, per_step = self.files[file], self.config.accumulation * self.world
-        asked_before = int((self.file_of_step[: step - 1] == file).sum()) * per_step + k
-        epoch, place = divmod(asked_before, len(questions))
-        order = np.random.default_rng([self.config.seed, 2, file, epoch]).permutation(len(questions))
-        yield questions[order[place]]
-        for index in np.random.default_rng([self.config.seed, 3, step, k]).permutation(len(questions)):
-            yield questions[index]
-
-    def __getitem__(self, i):
-        """-> (step, k, question, prompt, why the clips before it were passed over); prompt None: 20
-        failed.
-        """
-        step, micro = i // self.config.accumulation + 1, i % self.config.accumulation
-        k, bad = micro * self.world + self.rank, []
-        for question in self.candidates(step, k):
-            try:
-                return step, k, question, self.prompts.encode(question, not self.config.no_audio), bad
-            except InputError as error:
-                bad.append(str(error))
-                if len(bad) == 20:
-                    break
-        return step, k, question, None, bad
 
 
 # ------------------------------------------------------------------------------------------------- the run
@@ -475,7 +397,7 @@ def train(config):
         plan = choose_plan(model, gpus // config.replicas, dtype, config, config.gpu_memory * 2**30)
         print(plan_table(plan))
         return 0
-    rank, world, device = start_processes(config)
+    rank, world, device = start_processes(config.timeout, config.replicas)
     out = Path(config.out)
     if (out / "model").exists():
         if rank == 0:

@@ -7,9 +7,14 @@ group for each decoder layer and each encoder layer, one for the rest, fp32 mast
 
 import functools
 import json
+import os
 import shutil
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers are forked
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
 
 import torch
 import torch.distributed as dist
@@ -230,7 +235,38 @@ def write_companions(lm, folder, dtype):
             shutil.copyfile(file, folder / file.name)
 
 
-# ------------------------------------------------------------------------------------------------ sharding
+# ------------------------------------------------------------------------------------ processes and sharding
+
+
+def start_processes(minutes=30, replicas=1):
+    """Join torchrun's processes, or be the only one. Returns (rank, world size, device)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if world % replicas:
+        raise InputError(f"--replicas {replicas} does not divide the {world} processes")
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.accelerator.is_available():
+        if local >= torch.accelerator.device_count():
+            raise InputError(
+                f"--nproc_per_node is more than the {torch.accelerator.device_count()} GPUs here"
+            )
+        torch.accelerator.set_device_index(local)
+        device = torch.device(torch.accelerator.current_accelerator().type, local)
+        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    store = None if "RANK" in os.environ else dist.HashStore()
+    limit = timedelta(minutes=minutes)  # a hung collective ends the run
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    # The order of additions decides the last bit, and a resumed run must give the same weights.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    return rank, world, device
+
+
+def gather(value):
+    """One Python value per process -> the list of all."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def shard(lm, mesh, dtype, reshard, cpu_offload=False):

@@ -13,7 +13,7 @@ from train import Run, gather, load_questions, parse, start_processes
 
 if __name__ == "__main__":
     config = parse()
-    rank, world, device = start_processes(config)
+    rank, world, device = start_processes()
     run = Run(config, rank, world, device, load_questions(config, rank, world))
     _, transcript = run.accumulate(run.batches())
     gradients = {
