@@ -321,7 +321,7 @@ def main():
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help=text)
     text = "print the paired difference of two predictions files, and stop"
     add("--compare", nargs=2, metavar=("A", "B"), help=text)
-    args = parser.parse_args()
+    args, code = parser.parse_args(), 0
     try:
         if args.compare:
             print(compare(*args.compare))
@@ -334,9 +334,10 @@ def main():
     except (InputError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        code = 2
     if dist.is_initialized():
         dist.destroy_process_group()
+    sys.exit(code)
 
 
 if __name__ == "__main__":
