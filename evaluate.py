@@ -46,6 +46,8 @@ from weights import start_processes
 
 log = logging.getLogger("omni_r1")
 
+RECORDED = ["model", "url", "data", "audio_dir", "audio", "orders", "batch_size", "max_new_tokens", "dtype", "seed"]  # in P.meta
+
 
 class Jobs:
     """A Dataset of batches: every question in every order, sorted by length and cut into batches.
@@ -193,8 +195,8 @@ def answer_remotely(args, questions, answers, bar):
 # --------------------------------------------------------------------------------------------------- running
 
 
-def evaluate(args):
-    """Answer what is not answered yet; then write the predictions, P.meta and the accuracies."""
+def checked(args):
+    """One job per --out, with --data, --audio_dir and --audio given once or once for each, or InputError."""
     for name in ("model", "data", "out"):
         if not getattr(args, name):
             raise InputError(f"--{name} is needed (see --help)")
@@ -202,51 +204,72 @@ def evaluate(args):
         raise InputError(
             "--batch_size, --orders and --max_new_tokens must be at least 1, --workers at least 0"
         )
-    out, meta = Path(args.out), Path(args.out).with_suffix(".meta")
-    questions = read_questions(args.data, args.audio_dir, args.max_bad)
-    asked = ["model", "url", "data", "audio_dir", "audio", "orders", "batch_size", "max_new_tokens", "dtype"]
-    about = {name: getattr(args, name) for name in [*asked, "seed"]} | {"questions": len(questions)}
-    about["bench"] = bench_name(args.data, questions)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if meta.exists():
-        before = json.loads(meta.read_text())
+    jobs = []
+    for i, out in enumerate(args.out):
+        job = argparse.Namespace(**vars(args) | {"out": out})
+        for name in ("data", "audio_dir", "audio"):
+            values = getattr(args, name) or [None]
+            if len(values) not in (1, len(args.out)):
+                raise InputError(f"--{name}: {len(values)} for {len(args.out)} of --out; give 1 or as many")
+            setattr(job, name, values[i % len(values)])
+        jobs.append(job)
+    return jobs
+
+
+def evaluate(args):
+    """Answer every job's questions that are not answered yet, with one loading of the model."""
+    lm, processes = None, None
+    for job in checked(args):
+        out = Path(job.out)
+        meta = out.with_suffix(".meta")
+        questions = read_questions(job.data, job.audio_dir, job.max_bad)
+        about = {name: getattr(job, name) for name in RECORDED} | {"questions": len(questions)}
+        about["bench"] = bench_name(job.data, questions)
+        before = json.loads(meta.read_text()) if meta.exists() else about
         changed = [f"{n}: {before.get(n)} -> {about[n]}" for n in about if before.get(n) != about[n]]
         if changed:
             raise InputError(f"{out} is of other arguments ({'; '.join(changed)}); take another --out")
-        if out.exists():
-            lines = summary(out, questions, before.get("unanswered", {}))
-            return print(f"{out} is complete", *lines, sep="\n")
-    rank, world, device = start_processes()
-    lm = None if args.url else load_model(args.model, dtype_of(args, device), device)
-    if rank == 0:
-        write_text(meta, json.dumps(about, indent=1))
-    answers = Answers(out, rank)
-    right = {"of": 0, "right": 0}
+        if not (out.exists() and meta.exists()):
+            processes = processes or start_processes()
+            if lm is None and not job.url:
+                lm = load_model(job.model, dtype_of(job, processes[2]), processes[2])
+            before = answer(job, questions, lm, processes, about)
+        if before is not None and int(os.environ.get("RANK", 0)) == 0:
+            print(f"saved {out}", *summary(out, questions, before.get("unanswered", {})), sep="\n")
+
+
+def answer(args, questions, lm, processes, about):
+    """One job: answer what is left, write P.meta and predictions. Returns P.meta's content, or None."""
+    out, (rank, world, _) = Path(args.out), processes
+    out.parent.mkdir(parents=True, exist_ok=True)
+    answers, right = Answers(out, rank), []
     progress = tqdm(total=len(questions) * args.orders, initial=len(answers.given), disable=rank > 0)
+    progress.set_description(out.name)
 
     def bar(rows, count):
         for i, _, said, _ in rows:
-            right["of"] += 1
-            answer = questions[i].answer
-            right["right"] += answer is not None and string_match(answer, said, questions[i].choices)
-        progress.set_postfix(accuracy=f"{right['right'] / max(1, right['of']):.3f}", refresh=False)
+            choices, answer = questions[i].choices, questions[i].answer
+            right.append(answer is not None and string_match(answer, said, choices))
+        progress.set_postfix(accuracy=f"{np.mean(right or [0]):.3f}", refresh=False)
         progress.update(count * world)
 
-    if args.url:
-        if rank == 0:
-            answer_remotely(args, questions, answers, bar)
-    else:
+    if rank == 0:
+        write_text(out.with_suffix(".meta"), json.dumps(about, indent=1))
+    if lm is not None:
         answer_locally(lm, args, questions, answers, rank, world, bar)
+    elif rank == 0:
+        answer_remotely(args, questions, answers, bar)
     progress.close()
     dist.barrier()
-    if rank == 0:
-        answers = Answers(out, 0)
-        unanswered = {questions[i].id: why for i, why in answers.missing.items()}
-        write_predictions(args, questions, answers.given)
-        write_text(meta, json.dumps(about | {"unanswered": unanswered}, indent=1))
-        for part in out.parent.glob(f"{out.name}.part-*"):
-            part.unlink()
-        print(f"saved {out}", *summary(out, questions, unanswered), sep="\n")
+    if rank > 0:
+        return None
+    answers = Answers(out, 0)
+    about = about | {"unanswered": {questions[i].id: why for i, why in answers.missing.items()}}
+    write_text(out.with_suffix(".meta"), json.dumps(about, indent=1))
+    write_predictions(args, questions, answers.given)
+    for part in out.parent.glob(f"{out.name}.part-*"):
+        part.unlink()
+    return about
 
 
 def dtype_of(args, device):
@@ -293,9 +316,6 @@ def summary(out, questions, unanswered):
 OPTIONS = {  # name: (default, help)
     "model": (None, "checkpoint folder or hub name; with --url the endpoint's name of the model"),
     "url": (None, "chat completions endpoint that takes audio, in place of a checkpoint"),
-    "data": (None, "benchmark: MMAU (JSON list), MMAR (list or lines), or any format of training questions"),
-    "audio_dir": (None, "folder of its clips (default: beside the questions)"),
-    "out": (None, "predictions to write"),
     "orders": (1, "ask each question in so many orders of its choices"),
     "batch_size": (16, "questions at a time"),
     "max_new_tokens": (64, "longest answer, in tokens"),
@@ -315,8 +335,13 @@ def main():
     for name, (default, text) in OPTIONS.items():
         text = text if default is None else f"{text} (default: {default})"
         add(f"--{name}", type=str if default is None else type(default), default=default, help=text)
+    text = "benchmark(s): MMAU, MMAR, or any format of training questions"
+    add("--data", nargs="+", help=text)
+    add("--audio_dir", nargs="+", help="folder(s) of the clips (default: beside the questions)")
     text = "what is heard: the clip, nothing, silence of its length, another question's clip (default: real)"
-    add("--audio", choices=["real", "none", "silence", "swap"], default="real", help=text)
+    add("--audio", nargs="+", choices=["real", "none", "silence", "swap"], default=["real"], help=text)
+    text = "predictions to write; several are several evaluations with one loading of the model"
+    add("--out", nargs="+", help=text)
     text = "auto is bfloat16 on GPUs that have it, else float32"
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help=text)
     text = "print the paired difference of two predictions files, and stop"

@@ -3,8 +3,8 @@
     python tests/tiny.py --out DIR [--family omni|qwen2audio] [--seed N]
 
 Writes DIR/model (the hub's layout, random weights briefly trained), DIR/audio/*.wav, DIR/train_qa.json
-(AVQA), DIR/arc.jsonl (ARC), DIR/mmau.json, DIR/mmar.jsonl and DIR/captions.csv (AudioSetCaps). The clips are
-synthesized: 30 things that sound, of three kinds. About a quarter of the questions can be answered without
+(AVQA), DIR/arc.jsonl (ARC), DIR/mmau.json (with a revision and an answerless test-full), DIR/mmar.jsonl and
+DIR/captions.csv (AudioSetCaps). The clips are synthesized: 30 things that sound, of three kinds. About a quarter of the questions can be answered without
 listening, as in the real benchmarks. The model hears most things, and answers some questions; to others,
 told by their wording, it says "unclear" three times in four: a habit that pays nothing, which GRPO takes
 away.
@@ -202,6 +202,8 @@ def write_questions(out, rng, noise, sizes):
         )
         captions.append([stem, *caption(right)])
     (out / "train_qa.json").write_text(json.dumps(train))
+    listed = [f"{row['video_name'][:-7]},{int(row['video_name'][-6:])},a sound,train\n" for row in train]
+    (out / "vggsound.csv").write_text("".join(listed))
     facts = [json.dumps(fact(rng, i)) for i in range(sizes["arc"])]
     (out / "arc.jsonl").write_text("\n".join(facts) + "\n")
     with open(out / "captions.csv", "w", newline="", encoding="utf-8") as file:
@@ -228,6 +230,12 @@ def write_questions(out, rng, noise, sizes):
             }
         )
     (out / "mmau.json").write_text(json.dumps(mmau))
+    hidden = [{key: value for key, value in row.items() if key != "answer"} for row in mmau]
+    (out / "mmau-full.json").write_text(json.dumps(hidden))
+    for row in mmau[::4]:  # as the benchmark's revision of 15 May 2025 rewrote a quarter of its questions
+        text, row["choices"], answer = ask(rng, row["answer"], "audio", row["category"] == "Reasoning")
+        row |= {"question": text, "answer": row["choices"][answer]}
+    (out / "mmau-v05.15.25.json").write_text(json.dumps(mmau))
     mmar = []
     for i in range(sizes["mmar"]):
         right = rng.choice(NAMES)
