@@ -46,7 +46,8 @@ from weights import start_processes
 
 log = logging.getLogger("omni_r1")
 
-RECORDED = ["model", "url", "data", "audio_dir", "audio", "orders", "batch_size", "max_new_tokens", "dtype", "seed"]  # in P.meta
+RECORDED = ["model", "url", "data", "audio_dir", "audio", "orders", "batch_size", "max_new_tokens", "dtype"]
+RECORDED += ["seed"]  # in P.meta: what the predictions depend on
 
 
 class Jobs:
@@ -235,7 +236,8 @@ def evaluate(args):
                 lm = load_model(job.model, dtype_of(job, processes[2]), processes[2])
             before = answer(job, questions, lm, processes, about)
         if before is not None and int(os.environ.get("RANK", 0)) == 0:
-            print(f"saved {out}", *summary(out, questions, before.get("unanswered", {})), sep="\n")
+            lines = summary(out, questions, before.get("unanswered", {}))
+            print(f"saved {out}", *lines[: 1 if len(args.out) > 1 else None], sep="\n")
 
 
 def answer(args, questions, lm, processes, about):

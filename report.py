@@ -98,7 +98,7 @@ def wilson(right, total, z=1.959964):
         return 0.0, 1.0
     p, spread = right / total, z * z / total
     middle, half = p + spread / 2, z * math.sqrt(p * (1 - p) / total + spread / (4 * total))
-    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def bootstrap(values, repeats=2000, seed=0):

@@ -3,11 +3,11 @@
     python tests/tiny.py --out DIR [--family omni|qwen2audio] [--seed N]
 
 Writes DIR/model (the hub's layout, random weights briefly trained), DIR/audio/*.wav, DIR/train_qa.json
-(AVQA), DIR/arc.jsonl (ARC), DIR/mmau.json (with a revision and an answerless test-full), DIR/mmar.jsonl and
-DIR/captions.csv (AudioSetCaps). The clips are synthesized: 30 things that sound, of three kinds. About a quarter of the questions can be answered without
-listening, as in the real benchmarks. The model hears most things, and answers some questions; to others,
-told by their wording, it says "unclear" three times in four: a habit that pays nothing, which GRPO takes
-away.
+(AVQA), DIR/arc.jsonl (ARC), DIR/mmau.json (with a revision and an answerless test-full), DIR/mmar.jsonl,
+DIR/captions.csv (AudioSetCaps) and DIR/vggsound.csv. The clips are synthesized: 30 things that sound, of
+three kinds. About a quarter of the questions can be answered without listening, as in the real benchmarks.
+The model hears most things, and answers some questions; to others, told by their wording, it says "unclear"
+three times in four: a habit that pays nothing, which GRPO takes away.
 """
 
 import argparse
