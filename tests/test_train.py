@@ -108,7 +108,9 @@ def test_every_layout_is_the_run_of_one_process(world, one, layout, tmp_path):
     assert distance(w2, w1) <= 1e-3 * distance(w1, base)
 
 
-def test_two_processes_accumulate_the_gradients_of_one(world, tmp_path):
+def test_two_processes_accumulate_the_gradients_of_one_in_planned_shards_with_few_collectives(
+    world, tmp_path
+):
     """All accumulated gradients after 3 micro-batches per process, element by element."""
     script = ROOT / "tests" / "dump_gradients.py"
     for processes in (1, 2):
@@ -117,11 +119,17 @@ def test_two_processes_accumulate_the_gradients_of_one(world, tmp_path):
         subprocess.run(
             [*python, script, *options], cwd=ROOT, env=environment(), check=True, capture_output=True
         )
-    one, two = (torch.load(tmp_path / f"g{n}" / "gradients.pt", weights_only=True) for n in (1, 2))
+    one, two = (torch.load(tmp_path / f"g{n}" / "step.pt", weights_only=True) for n in (1, 2))
     assert one["responses"] == two["responses"] and len(one["responses"]) == 6
     assert one["gradients"].keys() == two["gradients"].keys()
     for name, gradient in one["gradients"].items():
         assert (two["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-12, name
+    for side in (one, two):  # what the plan says of each process's shards, and what they took
+        for what, size in side["bytes"].items():
+            assert size == pytest.approx(side["plan"][what], rel=0.03), what
+    # Policy and reference are gathered once for the whole step, whatever its questions and tokens.
+    assert two["collectives"]["all_gather_single"] == 2 * two["groups"]
+    assert two["collectives"]["reduce_scatter_single"] == 3 * two["groups"]  # once a question
 
 
 def test_log_has_the_keys_of_other_trainers(one):
