@@ -41,9 +41,7 @@ class Question:
 
 
 def prompt_text(question) -> str:
-    """The prompt of Section III-A. The choices are a Python list's text, as the work it builds on [7] has
-    them.
-    """
+    """Section III-A's prompt; the choices are a Python list's text, as in the work it builds on [7]."""
     return (
         f"{question.question} Please choose the answer from the following options: {list(question.choices)}."
     )
@@ -52,18 +50,22 @@ def prompt_text(question) -> str:
 # ------------------------------------------------------------------------------------------- question files
 
 
+def read_text(path):
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+
+
 def read_rows(path):
     """A JSON list or JSON lines -> (rows, whether it was lines). A line that is not JSON gives None in its
     place.
 
     Raises InputError for a file that is missing, not UTF-8, or a list that is cut off.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    text = read_text(path)
     if text.lstrip().startswith("["):
         try:
             return parse_json(text), False
@@ -296,9 +298,7 @@ def sinc_filter(rate):
 
 
 def resample(samples, rate):
-    """float32 (n,) at `rate` -> (ceil(n * 16000 / rate),) at 16 kHz: a strided convolution with a row per
-    phase.
-    """
+    """(n,) at `rate` -> (ceil(n * 16000 / rate),) at 16 kHz: a strided convolution with a row per phase."""
     if rate == RATE:
         return samples
     import torch
@@ -319,7 +319,39 @@ def resample(samples, rate):
     return torch.cat(phases).T.reshape(-1)[:length].numpy()
 
 
-# ------------------------------------------------------------------------------------------ order of a run
+# -------------------------------------------------------------------------------------- questions of a run
+
+
+def load_questions(config, rank, world, gather):
+    """The question files, each a list of the questions whose clip exists and has a readable header.
+
+    The others are named in the log and left out; more than `max_bad` of a file raises InputError.
+    """
+    folders = config.audio_dir * len(config.data) if len(config.audio_dir) == 1 else config.audio_dir
+    files = []
+    for path, folder in zip(config.data, folders, strict=True):
+        questions = read_questions(path, folder, config.max_bad)
+        if any(q.answer is None for q in questions):
+            raise InputError(f"{path} hides its answers: a benchmark's test set, not to be trained on")
+        reasons = {}
+        if not config.no_audio:
+            clips = {q.audio for q in questions[rank::world] if q.audio is not None}
+            for part in gather({clip: why for clip in clips if (why := check_clip(clip))}):
+                reasons |= part
+        good = [q for q in questions if q.audio not in reasons]
+        missing = len(questions) - len(good)
+        for clip in sorted(reasons)[:20] if rank == 0 else ():
+            log.warning("left out: %s: %s", clip, reasons[clip])
+        if missing > config.max_bad * len(questions) or not good:
+            clip = min(reasons)
+            raise InputError(
+                f"{path}: {missing} of {len(questions)} questions have no readable clip in {folder} (such as "
+                f"{clip}: {reasons[clip]}); check --audio_dir, or raise --max_bad (now {config.max_bad})"
+            )
+        if rank == 0:
+            log.info("%s: %d questions, %d left out", path, len(good), missing)
+        files.append(good)
+    return files
 
 
 class Questions:
@@ -339,9 +371,7 @@ class Questions:
         return self.config.steps * self.config.accumulation
 
     def candidates(self, step, k):
-        """Question k of the step, from the file's permutation of this epoch; then what may stand in for
-        it.
-        """
+        """Question k of the step, from the file's permutation of this epoch; then what may replace it."""
         file = self.file_of_step[step - 1]
         questions, per_step = self.files[file], self.config.accumulation * self.world
         asked_before = int((self.file_of_step[: step - 1] == file).sum()) * per_step + k
@@ -352,9 +382,7 @@ class Questions:
             yield questions[index]
 
     def __getitem__(self, i):
-        """-> (step, k, question, prompt, why the clips before it were passed over); prompt None: 20
-        failed.
-        """
+        """-> (step, k, question, prompt, why the clips before failed); prompt is None after 20 of them."""
         step, micro = i // self.config.accumulation + 1, i % self.config.accumulation
         k, bad = micro * self.world + self.rank, []
         for question in self.candidates(step, k):

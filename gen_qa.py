@@ -6,13 +6,13 @@
 
 Raw HTTP to an OpenAI-compatible endpoint, a connection per worker. Each finished question is a line of
 Q.jsonl in AVQA's format, which train.py reads as it is; killed at any moment, the same command goes on. A
-clip whose answers stay unusable after five askings is a line of Q.rejected.jsonl, with the reason. The key
-is read from OPENAI_API_KEY and written nowhere.
+clip whose answers stay unusable after five askings is a line of Q.rejected.jsonl, with the reason.
 """
 
 import argparse
 import ast
 import collections
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -26,9 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from chat import ChatClient, Refused, Unreachable
-from data import InputError, parse_json, write_text
-
-ASKINGS = 5  # per clip, when the answer is no usable question
+from data import InputError, parse_json, read_text, write_text
 
 PROMPT = """\
 You are given information about acoustic events in an audio as answers to following questions:
@@ -68,23 +66,19 @@ def table_rows(path):
                 yield from (row for line in file if isinstance(row := row_or_none(line), dict))
             else:
                 yield from csv.DictReader(file)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is no UTF-8 CSV or JSON-lines table: {error}") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as a CSV or JSON-lines table: {error}") from None
 
 
 def row_or_none(line):
-    try:
+    with contextlib.suppress(ValueError):
         return parse_json(line)
-    except ValueError:
-        return None
 
 
 def find_columns(path):
     """The columns of id, overall caption, sounds, speech and music, found by what the first rows hold.
 
-    An answer may follow its question (a column that never changes), which tells what the answer is about.
+    An answer may follow its question, a column that never changes and tells what the answer is about.
     """
     rows = list(itertools.islice(table_rows(path), 200))
     names = [name for name in (rows[0] if rows else {}) if isinstance(rows[0][name], str)]
@@ -126,10 +120,7 @@ def same_clip(name):
 
 def wanted_clips(path):
     """--ids: AVQA's questions, VGGSound's list (its train rows) or names, one a line -> {same_clip: name}."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+    text = read_text(path)
     if text.lstrip().startswith(("[", "{")):
         found = re.findall(r'"(?:video_name|id)"\s*:\s*"([^"]+)"', text)
     else:
@@ -177,11 +168,10 @@ def checked(row, texts, no_false_music=False):
     question, choices, answer = row.get("question_text"), row.get("multi_choice"), row.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("no question_text")
-    if not isinstance(choices, list) or len(choices) != 4:
-        raise ValueError("not four choices")
+    choices = choices if isinstance(choices, list) else []
     choices = [" ".join(choice.split()) if isinstance(choice, str) else "" for choice in choices]
-    if not all(choices) or len({choice.casefold() for choice in choices}) != 4:
-        raise ValueError("choices are empty or the same")
+    if len(choices) != 4 or not all(choices) or len({choice.casefold() for choice in choices}) != 4:
+        raise ValueError("not four different choices")
     if isinstance(answer, str):  # "2", or the choice itself
         answer = choices.index(answer) if answer in choices else int(answer)
     if type(answer) is not int or not 0 <= answer < 4:
@@ -205,11 +195,11 @@ class Ledger:
 
     def __init__(self, args):
         self.out, self.prices = args.out, (args.price_in, args.price_out)
-        self.rejected = args.out.with_suffix(".rejected.jsonl")
-        self.summary = args.out.with_suffix(".summary.json")
+        self.rejected, self.summary = map(args.out.with_suffix, (".rejected.jsonl", ".summary.json"))
         self.places, self.count = collections.Counter(), collections.Counter()
-        before = json.loads(self.summary.read_text()) if self.summary.exists() else {}
-        self.tokens, self.retries = before.get("tokens") or [0, 0], before.get("retries") or 0
+        before = {"tokens": [0, 0], "retries": 0, "price": 0.0}
+        before |= json.loads(self.summary.read_text()) if self.summary.exists() else {}
+        self.tokens, self.retries, self.price = before["tokens"], before["retries"], before["price"]
         self.finished = {"done": self.read(self.out), "rejected": self.read(self.rejected)}
 
     def read(self, path):
@@ -219,11 +209,10 @@ class Ledger:
             return ids
         with open(path, "rb+") as file:
             for number, line in enumerate(file, 1):
-                row = row_or_none(line) if line.endswith(b"\n") else None
-                if not isinstance(row, dict) or "id" not in row:
-                    if line.endswith(b"\n"):
-                        raise InputError(f"{path}, line {number}: not one of our rows; move the file away")
+                if not line.endswith(b"\n"):
                     break
+                if not isinstance(row := row_or_none(line), dict) or "id" not in row:
+                    raise InputError(f"{path}, line {number}: not one of our rows; move the file away")
                 ids.add(row["id"])
                 self.places[row.get("answer")] += 1
                 good += len(line)
@@ -231,7 +220,7 @@ class Ledger:
         return ids
 
     def has(self, name):
-        return name in self.finished["done"] or name in self.finished["rejected"]
+        return any(name in ids for ids in self.finished.values())
 
     def write(self, outcome, row, tokens):
         """Append the row in one write, so that a kill cuts at most this line."""
@@ -240,15 +229,13 @@ class Ledger:
         self.places[row["answer"]] += 1
         self.count[outcome] += 1
         self.tokens = [a + b for a, b in zip(self.tokens, tokens, strict=True)]
-
-    def price(self):
-        return round((self.tokens[0] * self.prices[0] + self.tokens[1] * self.prices[1]) / 1e6, 4)
+        self.price = round((self.tokens[0] * self.prices[0] + self.tokens[1] * self.prices[1]) / 1e6, 4)
 
     def state(self, client):
         """Totals so far, also written to the summary file."""
         done, rejected = (len(self.finished[k]) + self.count[k] for k in ("done", "rejected"))
         row = {"done": done, "rejected": rejected, "unreached": self.count["unreached"]}
-        row |= {"retries": self.retries + client.retries, "tokens": self.tokens, "price": self.price()}
+        row |= {"retries": self.retries + client.retries, "tokens": self.tokens, "price": self.price}
         row["answer_places"] = [self.places[i] for i in range(4)]
         write_text(self.summary, json.dumps(row, indent=1))
         return row
@@ -267,10 +254,10 @@ def keep_shortest(path, count):
 
 
 def print_samples(args):
-    """Questions for a person to read, with the captions they come from."""
-    rows = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
-    chosen = random.Random(args.seed).sample(rows, min(args.sample, len(rows)))
-    chosen = {row["id"]: row for row in chosen}
+    """--sample: questions for a person to read, with the captions they come from."""
+    rows = [json.loads(line) for line in read_text(args.out).splitlines()]
+    rows = random.Random(args.seed).sample(rows, min(args.sample, len(rows)))
+    chosen = {row["id"]: row for row in rows}
     for name, texts in read_captions(args.captions, args.ids):
         if row := chosen.get(name):
             print(f"\n{name}", *(f"A{i}: {text}" for i, text in enumerate(texts, 1)), sep="\n  ")
@@ -281,7 +268,7 @@ def print_samples(args):
 def ask(client, name, texts, args):
     """One clip -> ("done", its question) or ("rejected", why and the raw answer), and the tokens spent."""
     spent, raw, reason = [0, 0], "", ""
-    for _ in range(ASKINGS):
+    for _ in range(5):  # an unusable answer is asked for 4 more times
         try:
             raw, tokens = client.complete([{"role": "user", "content": prompt_for(texts)}])
             spent = [a + b for a, b in zip(spent, tokens, strict=True)]
@@ -296,16 +283,15 @@ def work(todo, client, args, ledger, bar, lock, failures):
     """One worker: take the next clip, ask, write it down; until none is left or something stops the run."""
     while not client.stop.is_set():
         with lock:
-            name, texts = next(todo, (None, None))
-        if name is None:
-            return
+            if (clip := next(todo, None)) is None:
+                return
         try:
-            outcome, row, tokens = ask(client, name, texts, args)
+            outcome, row, tokens = ask(client, *clip, args)
             with lock:
                 ledger.write(outcome, row, tokens)
                 bar.update()
                 counts = {"rejected": ledger.count["rejected"], "retries": client.retries}
-                bar.set_postfix(counts, tokens=sum(ledger.tokens), price=ledger.price(), refresh=False)
+                bar.set_postfix(counts, tokens=sum(ledger.tokens), price=ledger.price, refresh=False)
                 if bar.n % 200 == 0:
                     ledger.state(client)
                 failures["in a row"] = 0
@@ -317,8 +303,9 @@ def work(todo, client, args, ledger, bar, lock, failures):
                 failures.setdefault("fatal", str(error))
                 client.stop.set()
         except Exception as error:  # a thread's own traceback would be lost among the others'
-            kind = "" if isinstance(error, (InputError, OSError)) else f"{name}: {type(error).__name__}: "
-            failures.setdefault("fatal", f"{kind}{error}")
+            failures.setdefault(
+                "fatal", str(error) if isinstance(error, InputError) else f"{clip[0]}: {error!r}"
+            )
             client.stop.set()
 
 
@@ -326,9 +313,8 @@ def estimate(args, ledger):
     """Say how many clips and tokens, and what price. Returns (clips, clips left, an example's captions)."""
     total, left, characters, example = 0, 0, 0, None
     for name, texts in read_captions(args.captions, args.ids):
-        total, example = total + 1, example or texts
-        if not ledger.has(name):
-            left, characters = left + 1, characters + len(prompt_for(texts))
+        total, example, new = total + 1, example or texts, not ledger.has(name)
+        left, characters = left + new, characters + len(prompt_for(texts)) * new
     if not total:
         raise InputError(
             f"{args.captions}: no captions" + (f" of the clips in {args.ids}" if args.ids else "")
@@ -370,10 +356,8 @@ def generate(args):
         client.stop.set()
     bar.close()
     print(json.dumps(ledger.state(client)))
-    if "fatal" in failures:
-        raise InputError(failures["fatal"])
-    if unreached := ledger.count["unreached"]:
-        raise InputError(f"{unreached} clips were not reached; the same command asks for them again")
+    if "fatal" in failures or ledger.count["unreached"]:
+        raise InputError(failures.get("fatal", "some clips were not reached; start again to ask for them"))
     if args.keep_shortest and args.out.exists():
         keep_shortest(args.out, args.keep_shortest)
 

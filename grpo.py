@@ -20,9 +20,7 @@ def group_advantages(rewards):
 
 
 def kl_divergence(logps, ref_logps):
-    """Eq. 4, the estimate that is never negative: r - log r - 1 with r = pi_ref / pi. (..., T) -> (...,
-    T).
-    """
+    """Eq. 4, never negative: r - log r - 1 with r = pi_ref / pi. Twice (..., T) -> (..., T)."""
     log_ratio = ref_logps - logps
     return log_ratio.exp() - log_ratio - 1
 

@@ -47,16 +47,12 @@ class Prompt:
 
 
 def audio_tokens(frames: int) -> int:
-    """Audio embeddings for so many mel frames: a stride-2 convolution, then average pooling by 2 (25 a
-    second).
-    """
+    """Audio embeddings for so many mel frames: a stride-2 convolution, then pooling by 2 (25 a second)."""
     return ((frames - 1) // 2 + 1 - 2) // 2 + 1
 
 
 class PromptEncoder:
-    """Question -> Prompt. Holds tokenizer and feature extractor only, so DataLoader workers get a light
-    copy.
-    """
+    """Question -> Prompt. Only tokenizer and feature extractor, so DataLoader workers get a light copy."""
 
     def __init__(self, path):
         folder = find_model(path)
@@ -216,9 +212,7 @@ class AudioLM(nn.Module):
         return torch.cat([self.hear_qwen2_audio(tower, f) for f in features])
 
     def hear_qwen2_audio(self, tower, features):
-        """Qwen2AudioEncoder.forward on the clip's own frames; it insists on 3000 itself and masks the rest
-        away.
-        """
+        """Qwen2AudioEncoder.forward on the clip's own frames; it wants 3000 itself and masks the rest."""
         frames = features.shape[1] - self.prompts.family.padding_frames
         x = features.unsqueeze(0).to(tower.conv1.weight.dtype)  # (1, mels, frames + padding)
         x = F.gelu(tower.conv2(F.gelu(tower.conv1(x)))).transpose(1, 2)[:, : (frames - 1) // 2 + 1]
@@ -229,9 +223,7 @@ class AudioLM(nn.Module):
         return self.model.model.multi_modal_projector(tower.layer_norm(x))[0]
 
     def prefill(self, prompts) -> Prefill:
-        """Run B prompts. Right-padded: a causal mask hides padding from the prompt, `sample_from` from the
-        rest.
-        """
+        """Run B prompts, right-padded: a causal mask hides the padding, later `sample_from` does."""
         lengths = torch.tensor([len(p.input_ids) for p in prompts])
         ids = pad_sequence([p.input_ids for p in prompts], batch_first=True).to(self.device)
         positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
@@ -276,9 +268,7 @@ class AudioLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens=64, group_size=1, temperature=0.0, generator=None):
-        """B prompts -> list (B) of lists (G) of 1-D int64 tensors, EOS kept. Greedy unless a temperature is
-        given.
-        """
+        """B prompts -> list (B) of lists (G) of 1-D int64 tensors, EOS kept. Greedy by default."""
         responses = self.sample_from(
             self.prefill(prompts), group_size, max_new_tokens, temperature, generator
         )
@@ -325,9 +315,7 @@ class AudioLM(nn.Module):
         return self.prompts.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def save(self, out, dtype=None):
-        """Write a folder that plain `from_pretrained` loads. Collective: every rank calls it. See
-        `save_model`.
-        """
+        """Write a folder that plain `from_pretrained` loads. Collective. See `weights.save_model`."""
         save_model(self, Path(out), dtype or self.dtype)
 
 
@@ -346,9 +334,7 @@ def until_eos(response, eos):
 
 
 def group_log_probs(logits, responses):
-    """Logits (1 + sum(len - 1), V): the prompt's last, then those inside each response -> see
-    AudioLM.score.
-    """
+    """Logits (1 + sum(len - 1), V): the prompt's last, then each response's -> see AudioLM.score."""
     device, lengths = logits.device, [len(r) for r in responses]
     first = torch.stack([r[0] for r in responses]).to(device)
     rest = torch.cat([r[1:] for r in responses]).to(device)

@@ -8,8 +8,10 @@ training.
 
 from dataclasses import dataclass
 
+import torch
+
 from data import InputError
-from weights import groups
+from weights import empty_model, find_model, groups
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,7 @@ def make_plan(model, gpus, dtype, config, reshard, checkpointing, cpu_offload) -
 
 
 def activation_bytes(model, size, config, checkpointing):
-    """Values kept for one question's backward: about 8 of the hidden and 4 of the feed-forward size a
-    token.
-    """
+    """Kept for one question's backward: about 12 of the hidden and 4 of the feed-forward size a token."""
     text, tower = model.config.get_text_config(), getattr(model.model, "audio_tower", None)
     responses = config.group_size * config.max_new_tokens
     tokens, heard, total = responses + 200, 0, 0
@@ -70,14 +70,27 @@ def activation_bytes(model, size, config, checkpointing):
     return total + size * tokens * per_layer * text.num_hidden_layers + 12 * responses * text.vocab_size
 
 
-def choose_plan(model, gpus, dtype, config, memory):
-    """The first layout that fits in `memory` bytes per GPU, of those that the options leave open.
+def print_plan(config):
+    """train.py --plan: from config.json alone (a hub name fetches nothing else). Returns the exit code."""
+    model = empty_model(find_model(config.model, config_only=True), not config.no_audio)
+    gpus = config.world_size or torch.accelerator.device_count() or 1
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(plan_table(choose_plan(model, gpus // config.replicas, dtype, config, device)))
+    return 0
+
+
+def choose_plan(model, gpus, dtype, config, device):
+    """The first layout that fits --gpu_memory, or the GPU's own, of those that the options leave open.
 
     Nothing given up first; then re-sharding between layers; then recomputing activations as well; then
     keeping shards and optimizer in host memory. Without a figure for the memory (a CPU), the first. Raises
     InputError if none fits.
     """
     layouts = [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
+    memory = config.gpu_memory * 2**30
+    if not memory and device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
     asked = (config.reshard, config.checkpointing, config.cpu_offload)
     plans = []
     for layout in layouts:

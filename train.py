@@ -28,22 +28,11 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import InputError, Questions, check_clip, read_questions, write_text
+import weights
+from data import InputError, Questions, load_questions, write_text
 from grpo import clock, question_loss
 from model import load_model
-from plan import choose_plan, plan_table
-from weights import (
-    checkpoint_activations,
-    checkpoints,
-    empty_model,
-    find_model,
-    gather,
-    load_checkpoint,
-    release,
-    save_checkpoint,
-    shard,
-    start_processes,
-)
+from plan import choose_plan, plan_table, print_plan
 
 log = logging.getLogger("omni_r1")
 
@@ -53,6 +42,7 @@ def option(default, help, **more):
     return field(**kind, metadata={"help": help, **more})
 
 
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 AUTO = {"choices": ["auto", "on", "off"], "free": True}
 FREE = {"free": True}  # may differ when a run is resumed
 
@@ -63,7 +53,7 @@ class Config:
 
     model: str = option("Qwen/Qwen2.5-Omni-7B", "checkpoint folder or hub name")
     data: list = option(["data/avqa/train_qa.json"], "question file(s): AVQA, generated, ARC, MMAU or MMAR")
-    audio_dir: list = option(["data/avqa/audio"], "folder of the clips: one for all files, or one for each")
+    audio_dir: list = option(["data/vggsound/audio"], "folder of the clips, one for all files or one each")
     shares: list = option([], "share of the steps of each of several files (default: equal)", type=float)
     out: str = option("results/omni-avqa", "folder of the run: log.jsonl, checkpoints, model", **FREE)
     no_audio: bool = option(False, "drop the audio tokens from every prompt (Section IV-E)")
@@ -78,9 +68,7 @@ class Config:
     lr: float = option(1e-6, "learning rate at the start; falls linearly to 0")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     seed: int = option(0, "of the order of questions and of sampling")
-    dtype: str = option(
-        "auto", "compute; auto is bfloat16 where the GPU has it", choices=["auto", "bfloat16", "float32"]
-    )
+    dtype: str = option("auto", "compute; auto: bfloat16 where a GPU has it", choices=["auto", *DTYPES])
     reshard: str = option("auto", "free each layer's gathered weights after use", **AUTO)
     checkpointing: str = option("auto", "recompute activations in the backward pass", **AUTO)
     cpu_offload: str = option("auto", "keep shards, gradients and optimizer in host memory", **AUTO)
@@ -89,21 +77,22 @@ class Config:
     keep: int = option(2, "checkpoints kept", **FREE)
     workers: int = option(1, "processes per GPU that decode audio ahead of time", **FREE)
     max_bad: float = option(0.1, "share of malformed rows or unreadable clips that stops the run", **FREE)
-    max_nonfinite: int = option(
-        0, "steps with a non-finite loss or gradient to skip before giving up", **FREE
-    )
+    max_nonfinite: int = option(0, "steps with a non-finite loss or gradient that are skipped", **FREE)
     timeout: int = option(30, "minutes after which a hung collective ends the run", **FREE)
     plan: bool = option(False, "print the memory and disk that the run takes, and stop", **FREE)
     world_size: int = option(0, "--plan: number of GPUs (default: as found)", **FREE)
     gpu_memory: float = option(0, "GiB per GPU (default: as found)", **FREE)
 
 
+def default_of(f):
+    return f.default if f.default is not MISSING else f.default_factory()
+
+
 def parse(argv=None) -> Config:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape, allow_abbrev=False)
     for f in fields(Config):
-        default = f.default if f.default is not MISSING else f.default_factory()
+        default = default_of(f)
         kwargs = {"help": f"{f.metadata['help']} (default: {default})", "default": default}
         if f.type is bool:
             kwargs["action"] = "store_true"
@@ -133,38 +122,6 @@ def check_arguments(config):
         raise InputError(f"--shares: give {files} numbers, one for each file, none negative")
 
 
-def load_questions(config, rank, world):
-    """The question files, each a list of the questions whose clip exists and has a readable header.
-
-    The others are named in the log and left out; more than `max_bad` of a file raises InputError.
-    """
-    folders = config.audio_dir * len(config.data) if len(config.audio_dir) == 1 else config.audio_dir
-    files = []
-    for path, folder in zip(config.data, folders, strict=True):
-        questions = read_questions(path, folder, config.max_bad)
-        if any(q.answer is None for q in questions):
-            raise InputError(f"{path} hides its answers: a benchmark's test set, not to be trained on")
-        reasons = {}
-        if not config.no_audio:
-            clips = {q.audio for q in questions[rank::world] if q.audio is not None}
-            for part in gather({clip: why for clip in clips if (why := check_clip(clip))}):
-                reasons |= part
-        good = [q for q in questions if q.audio not in reasons]
-        missing = len(questions) - len(good)
-        for clip in sorted(reasons)[:20] if rank == 0 else ():
-            log.warning("left out: %s: %s", clip, reasons[clip])
-        if missing > config.max_bad * len(questions):
-            clip = min(reasons)
-            raise InputError(
-                f"{path}: {missing} of {len(questions)} questions have no readable clip in {folder} (such as "
-                f"{clip}: {reasons[clip]}); check --audio_dir, or raise --max_bad (now {config.max_bad})"
-            )
-        if rank == 0:
-            log.info("%s: %d questions, %d left out", path, len(good), missing)
-        files.append(good)
-    return files
-
-
 # ------------------------------------------------------------------------------------------------- the run
 
 
@@ -173,10 +130,9 @@ class Run:
 
     def __init__(self, config, rank, world, device, files):
         self.config, self.rank, self.world, self.device = config, rank, world, device
-        name = config.dtype
-        if name == "auto":
-            name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-        self.dtype = getattr(torch, name)
+        bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        name = config.dtype if config.dtype != "auto" else "bfloat16" if bfloat16 else "float32"
+        self.dtype = DTYPES[name]
         self.hears = not config.no_audio and any(q.audio is not None for file in files for q in file)
         self.load_models()
         self.parameters = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
@@ -202,12 +158,9 @@ class Run:
     def load_models(self):
         """The policy in fp32 shards, and the reference in the compute dtype; nothing whole in any process."""
         config, world = self.config, self.world
-        memory = config.gpu_memory * 2**30
-        if not memory and self.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.device).total_memory
         shape = (config.replicas, world // config.replicas)
-        model = empty_model(find_model(config.model), self.hears)
-        self.plan = plan = choose_plan(model, shape[1], self.dtype, config, memory)
+        model = weights.empty_model(weights.find_model(config.model), self.hears)
+        self.plan = plan = choose_plan(model, shape[1], self.dtype, config, self.device)
         if self.rank == 0:
             log.info(plan_table(plan))
         mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
@@ -215,13 +168,13 @@ class Run:
 
         def prepare_policy(lm):
             if plan.checkpointing:
-                checkpoint_activations(lm)
+                weights.checkpoint_activations(lm)
             if world > 1 or self.dtype != torch.float32 or plan.cpu_offload:
-                shard(lm, mesh, self.dtype, plan.reshard, plan.cpu_offload)
+                weights.shard(lm, mesh, self.dtype, plan.reshard, plan.cpu_offload)
 
         def prepare_reference(lm):
             if world > 1:
-                shard(lm, mesh, self.dtype, plan.reshard)
+                weights.shard(lm, mesh, self.dtype, plan.reshard)
 
         home = "cpu" if plan.cpu_offload else self.device
         self.policy = load_model(config.model, torch.float32, home, self.hears, prepare_policy)
@@ -234,8 +187,9 @@ class Run:
     def batches(self):
         """This process's questions from the next step on, decoded ahead of time by worker processes."""
         todo = range(self.step * self.config.accumulation, len(self.questions))
-        ahead = {"prefetch_factor": 4, "worker_init_fn": ignore_signals} if self.config.workers else {}
-        return iter(DataLoader(self.questions, None, sampler=todo, num_workers=self.config.workers, **ahead))
+        workers = self.config.workers
+        ahead = {"prefetch_factor": 4, "worker_init_fn": weights.ignore_signals} if workers else {}
+        return iter(DataLoader(self.questions, None, sampler=todo, num_workers=workers, **ahead))
 
     def accumulate(self, batches):
         """Gradients of one step's questions: their mean over processes (by FSDP) and micro-batches (here).
@@ -244,7 +198,7 @@ class Run:
         """
         totals, transcript = {}, []
         for _ in range(self.config.accumulation):
-            if any(gather(STOP.signal)):
+            if any(weights.gather(weights.STOP.signal)):
                 return None, None
             started = clock()
             step, k, question, prompt, bad = next(batches)
@@ -266,10 +220,8 @@ class Run:
         return totals, transcript
 
     def update(self, totals, transcript):
-        """Clip and step; returns the step's row for the log. Non-finite loss or gradient: no step is
-        taken.
-        """
-        config, started, parts = self.config, clock(), gather(totals)
+        """Clip and step; returns the step's row for the log. Not finite: no step is taken."""
+        config, started, parts = self.config, clock(), weights.gather(totals)
         row = {name: sum(part[name] for part in parts) / self.world for name in totals}
         bad_clips = self.bad_clips + round(row.pop("bad_clips") * self.world)
         row = {n: v if n.startswith("seconds") else v / config.accumulation for n, v in row.items()}
@@ -281,7 +233,7 @@ class Run:
             self.optimizer.param_groups[0]["lr"] = rate
             self.optimizer.step()
         self.optimizer.zero_grad()
-        release(self.policy)
+        weights.release(self.policy)
         if not finite:
             self.report_nonfinite(transcript)
         self.step, self.bad_clips = self.step + 1, bad_clips
@@ -293,17 +245,15 @@ class Run:
 
     def report_nonfinite(self, transcript):
         """Write down what was asked and answered; give up unless --max_nonfinite allows another such step."""
-        self.nonfinite += 1
-        file = Path(self.config.out) / f"nonfinite-step-{self.step + 1}-rank-{self.rank}.json"
+        self.nonfinite, step = self.nonfinite + 1, self.step + 1
+        file = Path(self.config.out) / f"nonfinite-step-{step}-rank-{self.rank}.json"
         write_text(file, json.dumps(transcript, indent=1, ensure_ascii=False))
-        asked = ", ".join(row["id"] for rows in gather(transcript) for row in rows)
-        log.warning("step %d: loss or gradient is not finite: no step taken", self.step + 1)
+        asked = ", ".join(row["id"] for rows in weights.gather(transcript) for row in rows)
+        wrong = f"step {step}: loss or gradient is not finite for questions {asked}; see {file}"
+        log.warning("%s: no step taken", wrong)
         if self.nonfinite > self.config.max_nonfinite:
             self.save()
-            raise InputError(
-                f"step {self.step + 1}: loss or gradient is not finite for questions {asked}; see {file}. "
-                f"Step {self.step} is saved; --max_nonfinite N skips N such steps"
-            )
+            raise InputError(f"{wrong}. Step {self.step} is saved; --max_nonfinite N skips N such steps")
 
     def state(self):
         """What a step changes: tensors, saved from and loaded into in place."""
@@ -315,11 +265,11 @@ class Run:
     def save(self):
         about = {"step": self.step, "nonfinite": self.nonfinite, "bad_clips": self.bad_clips}
         about |= {"run": self.fingerprint}
-        save_checkpoint(self.config.out, self.step, self.state(), about, self.config.keep)
+        weights.save_checkpoint(self.config.out, self.step, self.state(), about, self.config.keep)
 
     def resume(self):
         """Load the last checkpoint under --out, if any. InputError if it is of a run with other arguments."""
-        found = checkpoints(self.config.out)
+        found = weights.checkpoints(self.config.out)
         need = sum(self.plan.disk.values()) * (1 if not found else 0.5)
         free = shutil.disk_usage(self.config.out).free
         if free < need:
@@ -332,31 +282,11 @@ class Run:
         changed = [f"{name}: {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
         if changed:
             raise InputError(f"{self.config.out} holds a run with other arguments ({'; '.join(changed)})")
-        load_checkpoint(found[-1], self.state())
+        weights.load_checkpoint(found[-1], self.state())
         self.step, self.nonfinite, self.bad_clips = about["step"], about["nonfinite"], about["bad_clips"]
 
 
 # ---------------------------------------------------------------------------------------------------- main
-
-
-class Stop:
-    """Remembers SIGTERM and SIGINT: a step is given up where all processes can agree to, between
-    questions.
-    """
-
-    signal = 0
-
-    def __call__(self, number, frame):
-        self.signal = number
-
-
-STOP = Stop()
-
-
-def ignore_signals(worker):
-    """DataLoader workers end with their parent, not with the terminal's Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def peak_memory_mb(device):
@@ -391,28 +321,24 @@ def train(config):
     """The whole run, from where it was left. Returns the exit code."""
     check_arguments(config)
     if config.plan:
-        model = empty_model(find_model(config.model, config_only=True), not config.no_audio)
-        gpus = config.world_size or torch.accelerator.device_count() or 1
-        dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-        plan = choose_plan(model, gpus // config.replicas, dtype, config, config.gpu_memory * 2**30)
-        print(plan_table(plan))
-        return 0
-    rank, world, device = start_processes(config.timeout, config.replicas)
+        return print_plan(config)
+    rank, world, device = weights.start_processes(config.timeout, config.replicas)
     out = Path(config.out)
     if (out / "model").exists():
         if rank == 0:
             print(f"{out}/model exists, so this run is finished; take another --out for a new one")
         return 0
-    files = load_questions(config, rank, world)
+    files = load_questions(config, rank, world, weights.gather)
     out.mkdir(parents=True, exist_ok=True)
     run = Run(config, rank, world, device, files)
     run.resume()
     saved = run.step
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, STOP)
+        signal.signal(number, weights.STOP)
     if rank == 0:
         write_text(out / "config.json", json.dumps(asdict(config), indent=1))
-        log.info("%s", asdict(config))
+        changed = {f.name: v for f in fields(config) if (v := getattr(config, f.name)) != default_of(f)}
+        log.info("settings beside the defaults: %s", changed)
         journal = Journal(out, run.step)
     bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=rank > 0, dynamic_ncols=True)
     batches = run.batches()
@@ -424,7 +350,7 @@ def train(config):
             if rank == 0:
                 bar.close()
                 print(f"stopped by a signal; step {run.step} is saved, the same command goes on from there")
-            return 128 + max(gather(STOP.signal))
+            return 128 + max(weights.gather(weights.STOP.signal))
         row = run.update(totals, transcript)
         if rank == 0:
             journal.write(row)

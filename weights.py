@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -127,9 +128,7 @@ def weight_files(folder) -> dict:
 
 
 def hub_name(name, family) -> str:
-    """transformers' parameter name -> the name in the hub's files (without the whole Qwen2.5-Omni's
-    "thinker.").
-    """
+    """transformers' parameter name -> the name in the hub's files (without Qwen2.5-Omni's "thinker.")."""
     for ours, theirs in family.names:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
@@ -156,9 +155,7 @@ def empty_model(folder, audio=True):
 
 @torch.no_grad()
 def read_weights(lm):
-    """Copy each weight, or this process's rows of it, from its file. FSDP shards are even splits of dimension
-    0.
-    """
+    """Copy each weight, or this process's rows of it, from its file: FSDP splits dimension 0 evenly."""
     files = weight_files(lm.folder)
     prefix = "thinker." if any(name.startswith("thinker.") for name in files) else ""
     handles = {}
@@ -260,6 +257,24 @@ def start_processes(minutes=30, replicas=1):
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     return rank, world, device
+
+
+class Stop:
+    """Remembers SIGTERM and SIGINT: a step is given up between questions, where all processes agree."""
+
+    signal = 0
+
+    def __call__(self, number, frame):
+        self.signal = number
+
+
+STOP = Stop()
+
+
+def ignore_signals(worker):
+    """DataLoader workers end with their parent, not with the terminal's Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def gather(value):

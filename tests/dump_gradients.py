@@ -8,8 +8,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 
-from train import Run, gather, load_questions, parse, start_processes
-from weights import groups
+from data import load_questions
+from train import Run, parse
+from weights import gather, groups, start_processes
 
 COLLECTIVES = {"all_gather_single": 0, "reduce_scatter_single": 0}
 
@@ -32,7 +33,7 @@ def local_bytes(tensors):
 if __name__ == "__main__":
     config = parse()
     rank, world, device = start_processes()
-    run = Run(config, rank, world, device, load_questions(config, rank, world))
+    run = Run(config, rank, world, device, load_questions(config, rank, world, gather))
     sizes = {"weights, fp32 shards": local_bytes(run.policy.parameters())}
     sizes["reference"] = local_bytes(run.reference.parameters())
     for name in COLLECTIVES:

@@ -182,7 +182,7 @@ def test_ids_keep_the_clips_of_another_list_under_its_names(tmp_path):
     assert [n for n, _ in read_captions(captions, tmp_path / "vgg.csv")] == [names[1]]
 
 
-def test_a_disturbed_and_killed_run_gives_the_rows_of_an_undisturbed_one(tmp_path, serve, kills=3, clips=400):
+def test_a_disturbed_and_killed_run_gives_the_rows_of_an_undisturbed_one(tmp_path, serve, kills=3, clips=150):
     captions, env = write_captions(tmp_path / "c.csv", clips), {**os.environ, "OPENAI_API_KEY": KEY}
     calm = generate(captions, tmp_path / "calm.jsonl", serve().url)
     assert calm.returncode == 0, calm.stderr

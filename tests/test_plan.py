@@ -14,6 +14,7 @@ from weights import empty_model
 
 GIB = 2**30
 GB_48 = 47.5 * GIB  # what a 48 GB card reports
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(
@@ -32,7 +33,7 @@ def published(request, tmp_path_factory):
 
 def test_the_papers_run_fits_four_gpus_of_48_gb(published):
     name, _, model = published
-    plan = choose_plan(model, 4, torch.bfloat16, Config(), GB_48)
+    plan = choose_plan(model, 4, torch.bfloat16, Config(gpu_memory=47.5), CPU)
     assert sum(plan.gpu.values()) <= GB_48
     kept = make_plan(
         model, 4, torch.bfloat16, Config(), reshard=False, checkpointing=False, cpu_offload=False
@@ -53,7 +54,7 @@ def test_more_is_given_up_only_where_memory_asks_for_it(published):
     given_up = []
     for memory in (640, 80, 48, 24):
         try:
-            plan = choose_plan(model, 4, torch.bfloat16, Config(), memory * GIB)
+            plan = choose_plan(model, 4, torch.bfloat16, Config(gpu_memory=memory), CPU)
         except InputError:
             break
         given_up.append((plan.reshard, plan.checkpointing, plan.cpu_offload))
