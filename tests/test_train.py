@@ -45,6 +45,14 @@ def train(out, *arguments, processes=1, check=True):
     return done
 
 
+def train_here(out, *arguments):
+    """The same in this process, for what ends early; returns the exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["train.py", "--out", str(out), *map(str, arguments)])
+        main()
+    return end.value.code
+
+
 def arguments(world, **more):
     options = {
         "model": world / "model", "data": world / "train_qa.json", "audio_dir": world / "audio",
@@ -211,7 +219,7 @@ def test_killed_is_uninterrupted(world, tmp_path, kind, kills):
 
 
 def test_a_signal_saves_the_last_step_others_are_refused_and_another_number_of_processes_goes_on(
-    world, one, tmp_path
+    world, one, tmp_path, capsys
 ):
     options = arguments(world, save_every=100)
     job = subprocess.Popen(
@@ -229,10 +237,10 @@ def test_a_signal_saves_the_last_step_others_are_refused_and_another_number_of_p
     assert job.returncode == 128 + signal.SIGTERM and "saved" in output
     (saved,) = (tmp_path / "checkpoints").glob("step-*")
     assert int(saved.name[5:]) == len(log(tmp_path)) < STEPS
-    refused = train(tmp_path, *arguments(world, lr=2e-3, beta=0.1), check=False)
-    assert refused.returncode == 2 and "beta: 0.04 -> 0.1; lr: 0.001 -> 0.002" in refused.stderr
+    assert train_here(tmp_path, *arguments(world, lr=2e-3, beta=0.1)) == 2
+    assert "beta: 0.04 -> 0.1; lr: 0.001 -> 0.002" in capsys.readouterr().err
     train(tmp_path, *arguments(world, accumulation=2), processes=2)
-    assert "finished" in train(tmp_path, *options).stdout
+    assert train_here(tmp_path, *options) == 0 and "finished" in capsys.readouterr().out
     base, w1, w2 = weights(world / "model"), weights(one / "model"), weights(tmp_path / "model")
     assert distance(w2, w1) <= 1e-3 * distance(w1, base)
 
@@ -249,14 +257,11 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
-def test_bad_arguments_get_one_line_and_exit_code_2(world, tmp_path, monkeypatch, capsys, name):
+def test_bad_arguments_get_one_line_and_exit_code_2(world, tmp_path, capsys, name):
     value, words = BAD_ARGUMENTS[name]
-    options = arguments(world, out=tmp_path / "run", **{name: value})
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
-    with pytest.raises(SystemExit) as end:
-        main()
+    code = train_here(tmp_path / "run", *arguments(world, **{name: value}))
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert end.value.code == 2 and len(errors) == 1 and words in errors[0]
+    assert code == 2 and len(errors) == 1 and words in errors[0]
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
