@@ -1,7 +1,7 @@
 """Ratios against the published style of training and against the floor of the arithmetic. Both sides in one
 run.
 
-    python tests/bench.py                       # everything, about 12 minutes on 2 cores
+    python tests/bench.py                       # everything, about 20 minutes on 2 cores
     python tests/bench.py speed memory --repeat 5
     python tests/bench.py plan                  # no timing: what 7B and 3B take on 24 to 80 GB
 
@@ -32,12 +32,14 @@ import soundfile
 import torch
 from transformers import AutoConfig
 
-from data import Question
+from conftest import DATA
+from data import InputError, Question
 from grpo import question_loss
 from model import load_model
+from plan import choose_plan, describe
 from tiny import make_world
 from train import Config
-from weights import FAMILIES
+from weights import FAMILIES, empty_model
 
 NEW_TOKENS = 8
 SIZES = {
@@ -79,7 +81,7 @@ def middle_model(folder, family):
     it.
     """
     world, folder = folder / "tiny", folder / family
-    make_world(world, family, train=False)
+    make_world(world, family, effort=0)
     config = json.loads((world / "model" / "config.json").read_text())
     inner = config.get("thinker_config", config)
     sizes = SIZES[family]
@@ -292,11 +294,141 @@ def bench_features(folder, family, repeat):
     print(f"    largest difference of the features: {error:.1e}")
 
 
+def bench_reuse(folder, family, repeat):
+    """Whether the rollout's prefill should be the prompt half of the policy's scoring."""
+    ours = Ours(folder)
+
+    def without():
+        ours.policy.lockstep = True  # as when re-sharding, where the prompt is computed again
+        ours.question(4)
+        ours.policy.lockstep = False
+
+    ours.policy.all_done = lambda done: bool(done.all())  # no other process to wait for
+    ours.policy.reset_iter_state = lambda: None
+    t = seconds({"with": lambda: ours.question(4), "without": without}, repeat)
+    row(
+        f"seconds a question, prompt computed again / prefill reused, {family}",
+        t["without"],
+        t["with"],
+        "> 1",
+    )
+
+
+def bench_evaluation(folder, family, repeat):
+    """The published evaluation loop (features padded as its processor does, batches of 16, generate) and ours."""
+    published, ours, batch = Published(folder), load_model(folder), 16
+    end = published.lm.eos.tolist()
+
+    def theirs():
+        extract = ours.prompts.extractor
+        clips = [soundfile.read(folder / "clip.wav", dtype="float32")[0]] * batch
+        audio = extract(
+            clips, sampling_rate=16000, padding="max_length", return_attention_mask=True, return_tensors="pt"
+        )
+        ids = published.ids.expand(batch, -1)
+        with torch.no_grad():
+            published.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), input_features=audio.input_features,
+                feature_attention_mask=audio.attention_mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+                do_sample=False, eos_token_id=end, pad_token_id=0,
+            )  # fmt: skip
+
+    def we():
+        ours.eos = torch.tensor([-1])
+        ours.generate([ours.encode(the_question(folder)) for _ in range(batch)], NEW_TOKENS)
+
+    t = seconds({"published": theirs, "ours": we}, repeat)
+    row(
+        f"questions a second in evaluation, ours / published, {family}",
+        batch / t["ours"],
+        batch / t["published"],
+        "≥ 3",
+    )
+
+
+def training_log(folder, steps, *more):
+    """Run train.py on copies of the 10 s clip; returns the rows of its log and the seconds of the whole."""
+    asked = the_question(folder)
+    row = {"question": asked.question, "choices": list(asked.choices), "answer": asked.answer}
+    rows = []
+    for i in range(16):
+        clip = folder / "clips" / f"{i}.flac"
+        clip.parent.mkdir(exist_ok=True)
+        if not clip.exists():  # at 44.1 kHz, so that decoding and resampling are in it
+            noise = np.random.default_rng(i).standard_normal(441_000).astype("float32") * 0.1
+            soundfile.write(clip, noise, 44_100)
+        rows.append(row | {"id": str(i), "audio_id": clip.name})
+    (folder / "questions.json").write_text(json.dumps(rows))
+    out = folder / "run"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "train.py", "--model", folder, "--data", folder / "questions.json", "--audio_dir",
+               folder / "clips", "--out", out, "--steps", steps, "--max_new_tokens", NEW_TOKENS, *more]  # fmt: skip
+    root = Path(__file__).resolve().parent.parent
+    started = time.perf_counter()
+    subprocess.run(list(map(str, command)), cwd=root, check=True, capture_output=True)
+    return [
+        json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()
+    ], time.perf_counter() - started
+
+
+def bench_wait(folder, family, repeat):
+    rows, _ = training_log(folder, 8)
+    parts = [
+        sum(row[f"seconds_{part}"] for row in rows[1:]) for part in ("wait", "rollout", "score", "update")
+    ]
+    row(f"seconds waiting for audio / of a step, 1 worker, {family}", parts[0], sum(parts), "≤ 0.02")
+
+
+def bench_checkpoint(folder, family, repeat):
+    """What two checkpoints cost a run, against 100 of its steps, the default interval."""
+    rows, without = training_log(folder, 6, "--save_every", 100)
+    _, saving = training_log(folder, 6, "--save_every", 2)
+    parts = ("wait", "rollout", "score", "update")
+    step = statistics.median(sum(row[f"seconds_{part}"] for part in parts) for row in rows)
+    row(
+        f"seconds a checkpoint / between checkpoints, {family}",
+        max(0.0, saving - without) / 2,
+        100 * step,
+        "≤ 0.05",
+    )
+
+
+def bench_plan():
+    """What --plan chooses for the published models, from their dimensions alone."""
+    dimensions = json.loads((DATA / "model-dimensions.json").read_text())
+    print("| model | GPUs | layout | GiB a GPU | GiB of host memory a GPU |\n|---|---|---|---|---|")
+    for name, config in dimensions.items():
+        if name == "note":
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config))
+            model = empty_model(Path(folder))
+        for gpus, memory in ((1, 24), (1, 48), (1, 80), (4, 24), (4, 48), (4, 80), (8, 80)):
+            try:
+                plan = choose_plan(
+                    model, gpus, torch.bfloat16, Config(gpu_memory=memory), torch.device("cpu")
+                )
+            except InputError:
+                print(f"| {name} | {gpus} x {memory} GB | does not fit | - | - |")
+                continue
+            sizes = [sum(part.values()) / 2**30 for part in (plan.gpu, plan.host)]
+            layout = describe(plan).replace("--", "").replace(" on", "").split(" ")
+            kept = [
+                word
+                for word, after in zip(layout, [*layout[1:], ""], strict=True)
+                if word != "off" and after != "off"
+            ]
+            print(
+                f"| {name} | {gpus} x {memory} GB | {', '.join(kept) or 'nothing given up'} | {sizes[0]:.1f} | {sizes[1]:.1f} |"
+            )
+
+
 def row(what, left, right, goal):
     print(f"| {what} | {left:.3g} | {right:.3g} | {left / right:.2f} | {goal} |", flush=True)
 
 
-BENCHES = {"speed": bench_speed, "memory": bench_memory, "features": bench_features}
+BENCHES = {"speed": bench_speed, "memory": bench_memory, "features": bench_features, "reuse": bench_reuse}
+BENCHES |= {"evaluation": bench_evaluation, "wait": bench_wait, "checkpoint": bench_checkpoint}
 
 
 def main():
@@ -311,9 +443,13 @@ def main():
     args = parser.parse_args()
     if args.what == ["peak"]:
         return print_peak(Path(args.folder), args.side, int(args.group))
+    if "plan" in args.what:
+        bench_plan()
+        args.what.remove("plan")
     with tempfile.TemporaryDirectory() as scratch:
-        print("| what | left | right | ratio | goal |\n|---|---|---|---|---|")
-        for family in args.family.split():
+        if args.what:
+            print("| what | left | right | ratio | goal |\n|---|---|---|---|---|")
+        for family in args.family.split() if args.what else ():
             folder = middle_model(Path(scratch) / family, family)
             for what in args.what:
                 BENCHES[what](folder, family, args.repeat)

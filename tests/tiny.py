@@ -297,17 +297,17 @@ def write_tokenizer(folder):
     return {token: fast.convert_tokens_to_ids(token) for token in SPECIAL}, len(fast)
 
 
-def write_model(folder, family):
+def write_model(folder, family, hidden=96):
     """A random model in the hub's layout: for Qwen2.5-Omni the whole of it, thinker, talker and vision
     tower.
     """
     folder.mkdir(parents=True)
     ids, vocabulary = write_tokenizer(folder)
-    hidden = 96
+    half = hidden // 8  # of a head; the rotary embedding's three sections share it
     audio = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 192}
     text = {
         "hidden_size": hidden,
-        "intermediate_size": 288,
+        "intermediate_size": 3 * hidden,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -325,7 +325,13 @@ def write_model(folder, family):
                 "out_hidden_size": hidden,
                 "fullatt_block_indexes": [0],
             },
-            "text_config": text | {"rope_scaling": {"type": "default", "mrope_section": [2, 4, 6]}},
+            "text_config": text
+            | {
+                "rope_scaling": {
+                    "type": "default",
+                    "mrope_section": [half // 6, half // 3, half - half // 6 - half // 3],
+                }
+            },
             "audio_token_index": ids["<|AUDIO|>"],
             "image_token_index": ids["<|IMAGE|>"],
             "video_token_index": ids["<|VIDEO|>"],
@@ -424,14 +430,14 @@ def fit(lm, examples, rng, steps, batch, peak_rate):
         schedule.step()
 
 
-def train_base(folder, rng, noise):
+def train_base(folder, rng, noise, effort, rate):
     """First to hear, then to read the choices, then both, with "unclear" said too often."""
     lm = load_model(folder)
     examples = pretraining_examples(lm, rng, noise, 960)
     texts = [example for example in examples if example[0].input_features is None]
-    fit(lm, heard_alone(lm, examples), rng, 60, 48, 3e-3)
-    fit(lm, texts, rng, 110, 64, 3e-3)
-    fit(lm, examples, rng, 150, 32, 3e-3)
+    fit(lm, heard_alone(lm, examples), rng, round(60 * effort), 48, rate)
+    fit(lm, texts, rng, round(110 * effort), 64, rate)
+    fit(lm, examples, rng, round(150 * effort), 32, rate)
     return lm
 
 
@@ -448,16 +454,19 @@ def put_back(lm, folder):
 SIZES = {"train": 600, "arc": 300, "mmau": 300, "mmar": 160}
 
 
-def make_world(out, family="omni", seed=0, train=True, sizes=None):
-    """Make the world in the folder `out` (replaced if it exists); the same for the same arguments."""
+def make_world(out, family="omni", seed=0, effort=1.0, sizes=None, hidden=96):
+    """Make the world in the folder `out` (replaced if it exists); the same for the same arguments.
+
+    `effort` scales the training of the base (0: random weights), `hidden` its width.
+    """
     out = Path(out)
     shutil.rmtree(out, ignore_errors=True)
     torch.manual_seed(seed)
     write_questions(out, random.Random(seed), np.random.default_rng(seed), sizes or SIZES)
-    write_model(out / "model", family)
-    if train:
-        lm = train_base(out / "model", random.Random(seed + 1), np.random.default_rng(seed + 1))
-        put_back(lm, out / "model")
+    write_model(out / "model", family, hidden)
+    if effort:
+        rngs = random.Random(seed + 1), np.random.default_rng(seed + 1)
+        put_back(train_base(out / "model", *rngs, effort, 3e-3 * 96 / hidden), out / "model")
 
 
 if __name__ == "__main__":
