@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -78,7 +79,7 @@ class Config:
     workers: int = option(1, "processes per GPU that decode audio ahead of time", **FREE)
     max_bad: float = option(0.1, "share of malformed rows or unreadable clips that stops the run", **FREE)
     max_nonfinite: int = option(0, "steps with a non-finite loss or gradient that are skipped", **FREE)
-    timeout: int = option(30, "minutes after which a hung collective ends the run", **FREE)
+    timeout: float = option(30.0, "minutes after which a hung collective ends the run", **FREE)
     plan: bool = option(False, "print the memory and disk that the run takes, and stop", **FREE)
     world_size: int = option(0, "--plan: number of GPUs (default: as found)", **FREE)
     gpu_memory: float = option(0, "GiB per GPU (default: as found)", **FREE)
@@ -198,14 +199,18 @@ class Run:
         """
         totals, transcript = {}, []
         for _ in range(self.config.accumulation):
-            if any(weights.gather(weights.STOP.signal)):
-                return None, None
             started = clock()
             step, k, question, prompt, bad = next(batches)
             waited = clock() - started
             for reason in bad:
                 log.warning("step %d: replaced: %s", step, reason)
-            if prompt is None:
+            signals, undecoded = zip(
+                *weights.gather((weights.STOP.signal, [] if prompt else bad)), strict=True
+            )
+            if any(signals):
+                return None, None
+            if any(undecoded):
+                bad = next(filter(None, undecoded))
                 raise InputError(f"{len(bad)} clips in a row cannot be decoded, the last: {bad[-1]}")
             seed = int(np.random.SeedSequence([self.config.seed, 4, step, k]).generate_state(1)[0])
             generator = torch.Generator(self.device).manual_seed(seed)
@@ -372,9 +377,16 @@ def main():
     try:
         code = train(parse())
     except (InputError, OSError) as error:  # OSError: a full disk, a read-only folder
-        if dist.is_initialized() or int(os.environ.get("RANK", 0)) == 0:
+        if isinstance(error, OSError) or int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
+    except RuntimeError as error:
+        if not re.search(r"timed? ?out|connection (closed|reset)", str(error), re.I):
+            raise
+        print(
+            f"error: another process died or hangs: {str(error).splitlines()[0]}", file=sys.stderr, flush=True
+        )
+        os._exit(3)  # leaving the group in order would wait for it
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)

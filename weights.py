@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -340,8 +341,7 @@ def checkpoints(out):
 
 
 def save_checkpoint(out, step, tensors, about, keep):
-    """Write checkpoints/step-N beside its name and rename it; then remove all but the last `keep`.
-    Collective.
+    """Write checkpoints/step-N beside its name, rename it, remove all but the last `keep`. Collective.
 
     `tensors` (shards or whole) go through torch.distributed.checkpoint, so any number of processes can load
     them; `about` is the JSON beside them.
@@ -352,7 +352,13 @@ def save_checkpoint(out, step, tensors, about, keep):
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     dist.barrier()
-    dcp.save(tensors, checkpoint_id=scratch)
+    try:
+        dcp.save(tensors, checkpoint_id=scratch)
+    except CheckpointException as error:
+        why = next(iter(error.failures.values()))[0]
+        raise InputError(
+            f"the checkpoint of step {step} cannot be written ({why}); the last is intact"
+        ) from None
     if dist.get_rank() == 0:
         write_text(scratch / "run.json", json.dumps(about, indent=1))
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import bench
@@ -341,6 +343,33 @@ def test_one_process_dying_ends_the_run(world, tmp_path):
     os.kill(int(listed[-1]), signal.SIGKILL)
     output, _ = job.communicate(timeout=60)
     assert job.returncode != 0 and "exitcode" in output
+
+
+@pytest.mark.slow
+def test_a_hung_process_ends_the_run_with_the_reason(world, tmp_path):
+    job = subprocess.Popen(
+        command(2, "--out", tmp_path, *arguments(world, steps=500, timeout=0.2)),
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 60
+    while time.time() < deadline and not ((tmp_path / "log.jsonl").exists() and log(tmp_path)):
+        time.sleep(0.05)
+    listed = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(listed[-1]), signal.SIGSTOP)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode != 0 and "error: another process died or hangs" in output
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_last_one_intact(world, one, tmp_path):
+    """A limit on the size of files stands for a full disk: it stops the checkpoint of step 4, not the log."""
+    options = [*arguments(world, save_every=2), "--out", tmp_path]
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+    job = partial(subprocess.run, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = job(command(1, *options), preexec_fn=limit)
+    assert done.returncode == 2 and "checkpoint of step 2 cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr and not list((tmp_path / "checkpoints").glob("step-*"))
+    assert job(command(1, *options)).returncode == 0
+    assert distance(weights(one / "model"), weights(tmp_path / "model")) == 0
 
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"real clips and questions are not at {DATA}")
