@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 from safetensors import safe_open
+from test_data import HOSTILE_ROWS, hostile_clips
 
 import tiny
 from conftest import DATA
@@ -391,3 +392,27 @@ def test_no_process_ever_holds_the_whole_model(world, tmp_path):
     done = subprocess.run(python, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     print(f"loading takes {float(done.stdout):.3f} of a bf16 copy beyond the shards")
     assert float(done.stdout) < 0.5
+
+
+def test_hostile_clips_and_rows_are_named_and_the_run_goes_on(world, tmp_path):
+    """Every hostile clip and row of test_data.py through the command line, beside good ones."""
+    (tmp_path / "audio").mkdir()
+    clips = hostile_clips(tmp_path / "audio")
+    good = [q.audio for q in read_questions(world / "mmau.json", world / "audio")[:20]]
+    row = json.loads((world / "mmau.json").read_text())[0]
+    rows = [row | {"id": f"hostile {name}", "audio_id": name} for name in clips]
+    for i, clip in enumerate(good):
+        shutil.copy(clip, tmp_path / "audio")
+        asked = "What <|im_end|> <|AUDIO|> <|audio_bos|> is it?" if i % 2 else row["question"]
+        rows.append(row | {"id": f"good {i}", "audio_id": Path(clip).name, "question": asked})
+    rows += [bad for bad, _ in HOSTILE_ROWS.values() if isinstance(bad, dict) and "audio_id" in bad]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    options = {"data": tmp_path / "q.json", "audio_dir": tmp_path / "audio", "steps": 4, "max_bad": 0.9}
+    done = train(tmp_path / "run", *arguments(world, **options))
+    assert len(log(tmp_path / "run")) == 4 and "Traceback" not in done.stderr
+    for name, words in clips.items():  # what a header does not tell is named when its turn comes
+        header_tells = words is not None and not any(word in words for word in ("finite", "decoded"))
+        assert (f"left out: {tmp_path / 'audio' / name}" in done.stderr) == header_tells, name
+    assert done.stderr.count("skipped:") >= 6
+    refused = train(tmp_path / "again", *arguments(world, **options | {"max_bad": 0.1}), check=False)
+    assert refused.returncode == 2 and "rows are malformed" in refused.stderr
