@@ -13,7 +13,7 @@ import time
 
 import requests
 
-from data import InputError
+from files import InputError
 
 
 class Unreachable(Exception):

@@ -8,7 +8,6 @@
 each as a JSON list or one object a line. Audio is anything that soundfile reads, brought to 16 kHz mono.
 """
 
-import json
 import logging
 import math
 import os
@@ -20,14 +19,12 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from files import InputError, parse_json, read_text
+
 log = logging.getLogger("omni_r1")
 
 RATE = 16_000
 LONGEST_QUESTION = 20_000  # characters; the real ones have a few hundred
-
-
-class InputError(Exception):
-    """What is wrong with the user's input, in one line. Command lines print it and exit with 2."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +45,6 @@ def prompt_text(question) -> str:
 
 
 # ------------------------------------------------------------------------------------------- question files
-
-
-def read_text(path):
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
 
 
 def read_rows(path):
@@ -80,21 +68,6 @@ def read_rows(path):
     if not any(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: neither a JSON list nor JSON objects, one a line")
     return rows, True
-
-
-def parse_json(text):
-    """json.loads that turns NaN and infinity into None and too deep a nesting into a ValueError."""
-    try:
-        return json.loads(text, parse_constant=lambda name: None)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def write_text(path, text):
-    """Write beside the name, then rename: a reader, or a kill, never meets half a file."""
-    scratch = Path(f"{path}.writing")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
 
 
 def read_questions(path, audio_dir=None, max_bad=0.10) -> list[Question]:

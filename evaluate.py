@@ -29,16 +29,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from chat import ChatClient, Refused, Unreachable
-from data import (
-    InputError,
-    check_clip,
-    load_audio,
-    parse_json,
-    prompt_text,
-    read_questions,
-    read_rows,
-    write_text,
-)
+from data import check_clip, load_audio, prompt_text, read_questions, read_rows
+from files import InputError, parse_json, write_text
 from model import load_model
 from report import compare, report, summary_lines
 from reward import string_match

@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from chat import ChatClient, Refused, Unreachable
-from data import InputError, parse_json, read_text, write_text
+from files import InputError, parse_json, read_text, write_text
 
 PROMPT = """\
 You are given information about acoustic events in an audio as answers to following questions:

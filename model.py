@@ -27,7 +27,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, WhisperFeatureExtractor
 
-from data import InputError, load_audio, prompt_text
+from data import load_audio, prompt_text
+from files import InputError
 from weights import FAMILIES, OMNI, empty_model, find_model, read_config, read_weights, save_model
 
 log = logging.getLogger("omni_r1")

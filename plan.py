@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import InputError
+from files import InputError
 from weights import empty_model, find_model, groups
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError, read_questions, write_text
+from data import read_questions
+from files import InputError, write_text
 from reward import string_match
 
 # model | method | our run that fills the row, or - | the paper's numbers, column by column

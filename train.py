@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import weights
-from data import InputError, Questions, load_questions, write_text
+from data import Questions, load_questions
+from files import InputError, write_text
 from grpo import clock, question_loss
 from model import load_model
 from plan import choose_plan, plan_table, print_plan

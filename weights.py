@@ -40,7 +40,7 @@ from transformers import (
     logging,
 )
 
-from data import InputError, write_text
+from files import InputError, write_text
 
 logging.set_verbosity_error()  # the hub's own Qwen2.5-Omni config draws a page of warnings
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,16 @@ def make_once(family):
     home = Path(tempfile.gettempdir()) / f"omni-r1-tiny-{os.getuid()}"
     world = home / f"{family}-{hashlib.sha256(Path(tiny.__file__).read_bytes()).hexdigest()[:12]}"
     if not world.exists():
+        yesterday = time.time() - 86400
         for old in home.glob(f"{family}-*"):
-            shutil.rmtree(old, ignore_errors=True)
-        tiny.make_world(world.with_name(f"{family}-writing"), family)
-        world.with_name(f"{family}-writing").rename(world)
+            if old.stat().st_mtime < yesterday:
+                shutil.rmtree(old, ignore_errors=True)
+        scratch = world.with_name(f"{family}-writing-{os.getpid()}")  # two test runs may start at once
+        tiny.make_world(scratch, family)
+        try:
+            scratch.rename(world)
+        except OSError:
+            shutil.rmtree(scratch)
     return world
 
 

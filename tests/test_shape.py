@@ -34,6 +34,6 @@ def test_nothing_is_unpickled_and_no_remote_code_is_trusted():
         assert not re.search(r"trust_remote_code|pickle\.load|torch\.load\(", source), file.name
 
 
-def test_run_time_packages_are_the_six():
+def test_run_time_packages_are_the_six_and_pyarrow():
     names = [re.split("[=<>]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()]
-    assert sorted(names) == ["numpy", "requests", "soundfile", "torch", "tqdm", "transformers"]
+    assert sorted(names) == ["numpy", "pyarrow", "requests", "soundfile", "torch", "tqdm", "transformers"]

@@ -12,13 +12,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-import bench
 import pytest
 import soundfile
 import torch
 from safetensors import safe_open
 from test_data import HOSTILE_ROWS, hostile_clips
 
+import bench
 import tiny
 from conftest import DATA
 from data import read_questions

@@ -1,0 +1,82 @@
+"""Files that matter: read with a bound, written whole or not at all, one writer at a time.
+
+Every other file of the project stands on this one. It knows nothing of questions, models or processes.
+"""
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import IO, Any
+
+DEEPEST = 64  # levels of brackets in one JSON value; real rows have 4
+
+
+class InputError(Exception):
+    """What is wrong with the user's input, in one line. Command lines print it and exit with 2."""
+
+
+def read_text(path: Path | str) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark. Raises InputError."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+
+
+def parse_json(text: str) -> Any:
+    """json.loads that turns NaN and infinity into None and too deep a nesting into a ValueError."""
+    try:
+        value = json.loads(text, parse_constant=lambda name: None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = []
+        for item in level:
+            if isinstance(item, dict):
+                inner.extend(item.values())
+            elif isinstance(item, list):
+                inner.extend(item)
+        if not inner:
+            return value
+        level = inner
+    raise ValueError("nested too deeply")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write beside the name, then rename: a reader, or a kill, never meets half a file."""
+    scratch = Path(f"{path}.writing")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def one_writer(path: Path | str, shared: bool = False, patience: float = 4.0) -> IO:
+    """Hold the lock file `path` until the process ends, so that no second run writes to the same place.
+
+    Waits `patience` seconds, since a dying worker may still hold it. `shared` lets other holders in that also
+    asked for a shared hold. Keep what this returns: closing it gives the lock back. Raises InputError that
+    names the holder.
+    """
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held for the life of the process)
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise InputError(f"{path} is held by {holder}: one run writes to a place at a time") from None
+            time.sleep(0.1)
+    if not shared:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+    return file
