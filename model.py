@@ -1,39 +1,61 @@
-"""The audio LLM: load it, encode a prompt, sample a group of responses, score them, shard it, save it.
+"""The audio LLM: encode a prompt, sample a group of responses, score them.
 
 Qwen2.5-Omni's thinker and Qwen2-Audio (Section III-A) behind the same few methods. What differs from the
 usual way:
 
-- The prompt (250 audio tokens for 10 s) is computed once for all G responses (4 to 8 tokens each). The
-  responses continue from its keys and values, packed one after the other in a single row, behind a mask that
-  lets each see the prompt and itself only. It is the same function as one row per response
-  (tests/test_model.py), several times cheaper.
-- `prefill` keeps its graph, so that the rollout's prefill can also be the prompt half of the policy's
-  scoring.
+- The prompt (250 audio tokens for 10 s) is computed once for all G responses (4 to 8 tokens each), in sampling
+  and in scoring. It is the same function as one row per response (tests/test_model.py), several times cheaper.
 - Features come from the feature extractor alone, on the clip as long as it is, not padded to 30 or 300 s.
-- Weights go from the safetensors files straight into each process's shards; no process ever holds the whole
-  model.
+
+Scoring packs a prompt and its responses into one row. Each response's positions start again at the prompt's
+end, and the mask lets it see the prompt and itself only; here with a prompt p of 3 tokens and two responses:
+
+            p p p a a b b b
+        p   x
+        p   x x
+        p   x x x              the last p predicts the first token of both responses
+        a   x x x x
+        a   x x x x x
+        b   x x x     x
+        b   x x x     x x
+        b   x x x     x x x
 """
 
-import json
+import contextlib
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, WhisperFeatureExtractor
+from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 
-from data import load_audio, prompt_text
+from data import Question, load_audio, prompt_text
 from files import InputError
-from weights import FAMILIES, OMNI, empty_model, find_model, read_config, read_weights, save_model
+from weights import (
+    FAMILIES,
+    OMNI,
+    check_extractor,
+    check_weights,
+    empty_model,
+    find_model,
+    first_line,
+    read_config,
+    read_small_file,
+    read_weights,
+    save_model,
+)
 
 log = logging.getLogger("omni_r1")
 
 HOP = 160  # samples between two mel frames at 16 kHz
+LOOK_AHEAD = 2  # frames after the clip that the last embedding depends on: two convolutions look one ahead
+WINDOW = 3000  # frames of the 30 s that a Whisper encoder takes at once
 
 
 # ------------------------------------------------------------------------------------------------- prompts
@@ -43,345 +65,491 @@ HOP = 160  # samples between two mel frames at 16 kHz
 class Prompt:
     """One question as the model reads it. The audio placeholder stands once per audio embedding."""
 
-    input_ids: torch.Tensor  # (P,) int64
-    input_features: torch.Tensor | None  # (mels, frames) float32 log-mel spectrogram, 100 frames a second
+    input_ids: Tensor  # (P,) int64
+    input_features: Tensor | None  # (mels, frames and up to LOOK_AHEAD more) float32, 100 frames a second
+    frames: int = 0  # of the clip itself
 
 
 def audio_tokens(frames: int) -> int:
     """Audio embeddings for so many mel frames: a stride-2 convolution, then pooling by 2 (25 a second)."""
-    return ((frames - 1) // 2 + 1 - 2) // 2 + 1
+    convolved = (frames - 1) // 2 + 1
+    return (convolved - 2) // 2 + 1
 
 
 class PromptEncoder:
     """Question -> Prompt. Only tokenizer and feature extractor, so DataLoader workers get a light copy."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path | str, prompt: str = "direct"):
         folder = find_model(path)
         config = read_config(folder)
+        self.prompt = prompt
         self.family = FAMILIES[config.model_type]
         self.audio_token_id = config.audio_token_id
+        check_extractor(folder, config.audio_config.num_mel_bins)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.extractor = WhisperFeatureExtractor.from_pretrained(folder)
-        except (OSError, ValueError):
-            raise InputError(f"{folder} has no tokenizer or no feature extractor that can be read") from None
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+            self.extractor = WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
+            words = len(self.tokenizer)
+            special = len(self.template("<|im_end|>")) == 1
+        except Exception as error:  # whatever a malformed file makes the libraries raise
+            why = first_line(error)
+            raise InputError(f"{folder}: no tokenizer or feature extractor that can be read ({why})") from None
+        if not special or words > config.text_config.vocab_size:
+            raise InputError(f"{folder}: the tokenizer is of another model than config.json")
+        self.seconds = self.extractor.chunk_length * self.family.windows  # the published processor's maximum
         self.longer_clips = 0
 
-    def features(self, waveform):
-        """(n,) samples at 16 kHz -> (mels, frames), equal to the published processor's without its padding.
-
-        The published processor pads every clip to 30 or 300 s first. 400 zeros after the clip are enough: no
-        frame of the clip looks further, and the maximum that the features are scaled by is the clip's own.
-        """
-        samples = max(len(waveform), 4 * HOP)  # the shortest clip that gives one audio embedding
-        padded = torch.zeros(samples + 400)
-        padded[: len(waveform)] = torch.as_tensor(waveform)
-        batch = self.extractor(
-            padded.numpy(), sampling_rate=16000, padding="longest", truncation=False, return_tensors="pt"
-        )
-        return batch.input_features[0, :, : math.ceil(samples / HOP) + self.family.padding_frames]
-
-    def encode(self, question, use_audio=True, waveform=None) -> Prompt:
+    def encode(self, question: Question, use_audio: bool = True, waveform=None) -> Prompt:
         """The prompt of Section III-A in the family's chat template, audio first.
 
         use_audio=False drops the audio tokens, markers included (Section IV-E). `waveform` (float32, 16 kHz)
-        is heard in place of the question's clip. Raises data.InputError if the clip cannot be read. The
-        question's text is tokenized apart, as text: "<|im_end|>" inside a question ends nothing, "<|AUDIO|>"
-        stands for no audio.
+        is heard in place of the question's clip. Raises InputError if the clip cannot be read. The question's
+        text is tokenized apart, as text: "<|im_end|>" in a question ends nothing, "<|AUDIO|>" is no audio.
         """
-        features, audio_ids = None, []
-        if use_audio and (waveform is not None or question.audio is not None):
-            if waveform is None:
-                longest = self.extractor.chunk_length + 1
-                waveform = self.cut(load_audio(question.audio, longest), question.audio)
-            features = self.features(waveform)
-            placeholders = audio_tokens(features.shape[1] - self.family.padding_frames)
-            audio_ids = [self.audio_token_id] * placeholders
-            audio_ids = (
-                self.template(self.family.before_audio) + audio_ids + self.template(self.family.after_audio)
-            )
-        text_ids = self.tokenizer(
-            prompt_text(question), add_special_tokens=False, split_special_tokens=True
-        ).input_ids
+        heard = []
+        features = None
+        frames = 0
+        if use_audio and waveform is None and question.audio is not None:
+            samples = load_audio(question.audio, self.seconds + 1)
+            waveform = self.cut(samples, question.audio)
+        if use_audio and waveform is not None:
+            features, frames = self.features(waveform)
+            placeholders = [self.audio_token_id] * audio_tokens(frames)
+            heard = self.template(self.family.before_audio) + placeholders
+            heard += self.template(self.family.after_audio)
+        text = prompt_text(question, self.prompt)
+        asked = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         tail = "<|im_end|>\n<|im_start|>assistant\n"
-        ids = self.template(head) + audio_ids + text_ids + self.template(tail)
-        return Prompt(torch.tensor(ids), features)
+        ids = self.template(head) + heard + asked + self.template(tail)
+        return Prompt(torch.tensor(ids), features, frames)
 
-    def cut(self, waveform, path):
-        """The clip as far as the published processor hears it (300 or 30 s), with a warning."""
-        seconds = self.extractor.chunk_length
-        if len(waveform) > seconds * 16000:
+    def features(self, waveform) -> tuple[Tensor, int]:
+        """(n,) samples at 16 kHz -> ((mels, frames + look-ahead), frames), as the published processor's.
+
+        It pads every clip to 30 or 300 s first, and takes a longer one apart (Audio Flamingo 3). Some zeros
+        after the clip are enough: no frame of the clip looks further, and what the features are scaled by,
+        the maximum of each window, is in the clip.
+        """
+        longest = self.extractor.chunk_length * 16_000
+        samples = max(len(waveform), 4 * HOP)  # the shortest clip that gives one audio embedding
+        padded = torch.zeros(samples + 5 * HOP)
+        padded[: len(waveform)] = torch.as_tensor(waveform)
+        windows = []
+        for start in range(0, samples, longest):
+            batch = self.extractor(
+                padded[start : start + longest].numpy(),
+                sampling_rate=16_000,
+                padding="longest",
+                truncation=False,
+                return_tensors="pt",
+            )
+            windows.append(batch.input_features[0])
+        frames = math.ceil(samples / HOP)
+        return torch.cat(windows, dim=1)[:, : frames + LOOK_AHEAD], frames
+
+    def cut(self, waveform, path: str):
+        """The clip as far as the published processor hears it (300, 30, 600 s), with a warning."""
+        limit = self.seconds * 16_000
+        if len(waveform) > limit:
             self.longer_clips += 1
-            log.warning("%s is longer than %d s: cut there (%d so far)", path, seconds, self.longer_clips)
-        return waveform[: seconds * 16000]
+            log.warning("%s is longer than %d s: cut there (%d so far)", path, self.seconds, self.longer_clips)
+        return waveform[:limit]
 
-    def template(self, text):
+    def template(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+# ---------------------------------------------------------------------------------------------------- tokens
+
+
+@dataclass
+class Tokens:
+    """What one forward pass reads: B rows of L tokens, and which of them logits are wanted after."""
+
+    ids: Tensor  # (B, L) int64
+    positions: Tensor  # (B, L) int64
+    mask: Tensor | None  # (B, 1, L, keys) bool: what each token sees; None for all before it
+    rows: Tensor  # (K,) int64: logits are computed after token (rows[k], columns[k])
+    columns: Tensor  # (K,) int64
+    clips: list[Prompt] = field(default_factory=list)  # in the order of their placeholders
+    placeholders: Tensor | None = None  # (B, L) bool
+
+
+def clips_of(prompts: list[Prompt]) -> list[Prompt]:
+    return [prompt for prompt in prompts if prompt.input_features is not None]
+
+
+def pack_prompts(prompts: list[Prompt], audio_token_id: int) -> Tokens:
+    """B prompts as rows, padded behind: a causal mask hides the padding; logits after each one's last token."""
+    lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
+    ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True)
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    rows = torch.arange(len(prompts))
+    return Tokens(ids, positions, None, rows, lengths - 1, clips_of(prompts), ids == audio_token_id)
+
+
+def pack(prompts: list[Prompt], groups: list[list[Tensor]], audio_token_id: int) -> Tokens:
+    """B rows [prompt, r1, ..., rG] (the picture above) for scoring; logits where a response token is predicted.
+
+    A response's last token predicts nothing and is left out. The logits' order: first the B rows' last prompt
+    tokens, which predict the first token of every response; then all other places, row by row.
+    """
+    rows = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        n = len(prompt.input_ids)
+        ids = [prompt.input_ids]
+        positions = [torch.arange(n)]
+        segments = [torch.full((n,), -1)]  # -1: the prompt, i: response i
+        for i, response in enumerate(group):
+            more = len(response) - 1
+            ids.append(response[:-1])
+            positions.append(torch.arange(n, n + more))
+            segments.append(torch.full((more,), i))
+        rows.append((torch.cat(ids), torch.cat(positions), torch.cat(segments)))
+    ids, positions, segments = (
+        pad_sequence(column, batch_first=True, padding_value=padding)
+        for column, padding in zip(zip(*rows, strict=True), (0, 0, -2), strict=True)
+    )
+    keys = segments.unsqueeze(1)
+    queries = segments.unsqueeze(2)
+    sees = (keys == -1) | (keys == queries)  # the padding sees itself: a row that sees nothing would be NaN
+    last = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts])
+    more_rows, more_columns = (segments >= 0).nonzero(as_tuple=True)
+    return Tokens(
+        ids,
+        positions,
+        sees.tril().unsqueeze(1),
+        torch.cat([torch.arange(len(prompts)), more_rows]),
+        torch.cat([last, more_columns]),
+        clips_of(prompts),
+        (ids == audio_token_id) & (segments == -1),  # a response may say the token
+    )
+
+
+def decoding_mask(lengths: Tensor, group_size: int, tokens: int) -> Tensor:
+    """What the newest of each of G responses sees: (B, 1, G, longest prompt + G * tokens) bool.
+
+    The responses of a prompt grow by G tokens of one row at every step, so that the prompt's keys are stored
+    and read once, not G times: the keys are [prompt, step 1's G tokens, step 2's, ...].
+    """
+    in_prompt = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None, None]
+    same_response = torch.eye(group_size, dtype=torch.bool, device=lengths.device)
+    own = same_response.repeat(1, tokens).expand(len(lengths), -1, -1)
+    return torch.cat([in_prompt.expand(-1, group_size, -1), own], dim=-1).unsqueeze(1)
+
+
+class KVCache:
+    """Keys and values of all tokens so far, by layer. transformers' attention calls `update`."""
+
+    def __init__(self):
+        self.layers = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append (B, heads, new tokens, head size) to the layer's, and return all of them."""
+        if layer in self.layers:
+            before = self.layers[layer]
+            keys = torch.cat([before[0], keys], dim=2)
+            values = torch.cat([before[1], values], dim=2)
+        self.layers[layer] = (keys, values)
+        return keys, values
 
 
 # --------------------------------------------------------------------------------------------------- model
 
 
-class KVCache:
-    """Keys and values of one forward pass by layer, behind those of an optional prefix.
-
-    transformers' attention calls `update`. The prefix is read, never written, so that one prompt serves the
-    rollout and the scoring, and a layer that runs twice (activation checkpointing) does the same both times.
-    """
-
-    def __init__(self, prefix=None):
-        self.prefix = prefix.layers if prefix else None
-        self.layers = {}
-
-    def update(self, keys, values, layer, *args, **kwargs):  # (B, heads, tokens, head size)
-        if self.prefix:
-            keys = torch.cat([self.prefix[layer][0], keys], dim=2)
-            values = torch.cat([self.prefix[layer][1], values], dim=2)
-        self.layers[layer] = (keys, values)
-        return keys, values
-
-    def detach(self):
-        copy = KVCache()
-        copy.layers = {
-            layer: (keys.detach(), values.detach()) for layer, (keys, values) in self.layers.items()
-        }
-        return copy
-
-
 @dataclass
-class Prefill:
-    """What remains of B prompts after their forward pass."""
+class Scores:
+    """What `AudioLM.score` says of B x G responses; T is the longest's length."""
 
-    cache: KVCache
-    logits: torch.Tensor  # (B, vocabulary): the first response token's
-    lengths: torch.Tensor  # (B,)
+    logps: Tensor  # (B * G, T) log-probs at temperature 1
+    mask: Tensor  # (B * G, T) bool: real tokens, the end token included
+    entropy: Tensor  # (B * G,) mean over each response's tokens of the prediction's entropy; no gradient
 
 
 class AudioLM(nn.Module):
     """A causal language model that hears. Always in eval mode: rollout and scoring are the same policy."""
 
-    def __init__(self, model, prompts, folder, dtype):
+    def __init__(self, model: nn.Module, prompts: PromptEncoder, folder: Path, dtype: torch.dtype):
         super().__init__()
         self.model = model
         self.prompts = prompts
-        self.encode = prompts.encode
         self.folder = folder
         self.dtype = dtype
-        self.lockstep = (
-            False  # True when re-sharding: a forward pass is a collective, so ranks must do equally many
-        )
+        self.device = torch.device("cpu")  # where it computes; sharded weights may lie elsewhere
         self.eos = end_tokens(folder, prompts.tokenizer)
+        self.gathered = (
+            contextlib.nullcontext
+        )  # fsdp.shard: holds the whole weights while responses are drawn
+        self.is_tied = model.lm_head.weight is model.model.language_model.embed_tokens.weight
+        self.merged = unchanged  # lora.py: (parameter's name, whole weight) -> the weight to save
+        self.average = float  # with several processes: the mean of a number over them
+        self.lockstep = False  # fsdp.shard: a forward pass is a collective, so ranks must do equally many
         self.eval()
 
-    @property
-    def device(self):
-        return next(self.model.model.language_model.rotary_emb.buffers()).device
+    def encode(self, question: Question, use_audio: bool = True, waveform=None) -> Prompt:
+        return self.prompts.encode(question, use_audio, waveform)
 
-    def forward(self, input_ids, positions, mask, cache, features=(), places=None, keep=slice(None)):
-        """Logits after the tokens that `keep` selects, fp32. One entry for prefill, decoding and scoring.
-
-        input_ids, positions: (B, L). mask: bool (B, 1, L, keys) or None for causal. features: one (mels,
-        frames) per clip, in the order of the placeholders. keep: a slice of L, or (B,) with one index a row.
-        """
-        model = self.model.model
-        embeddings = model.language_model.embed_tokens(input_ids)
-        if features:
-            heard = self.hear(features).to(embeddings.dtype)  # (placeholders, hidden)
-            embeddings = embeddings.masked_scatter(places.unsqueeze(-1), heard)
-        hidden = model.language_model(
-            inputs_embeds=embeddings,
-            attention_mask={"full_attention": mask},  # a dict is taken as it is; None means causal
-            position_ids=positions,
-            past_key_values=cache,
-        ).last_hidden_state
-        if isinstance(keep, slice):
-            hidden = hidden[:, keep]
-        else:
-            hidden = hidden[torch.arange(len(keep), device=keep.device), keep]
-        return self.model.lm_head(hidden).float()
-
-    def hear(self, features):
-        """Clips -> (total audio tokens, hidden), computed over what is heard and nothing else."""
-        tower = self.model.model.audio_tower
-        if self.prompts.family is OMNI:
-            frames = torch.tensor([f.shape[1] for f in features], device=self.device)
-            after_convolution = (frames - 1) // 2 + 1
-            return tower(
-                torch.cat(features, dim=1), feature_lens=frames, aftercnn_lens=after_convolution
-            ).last_hidden_state
-        return torch.cat([self.hear_qwen2_audio(tower, f) for f in features])
-
-    def hear_qwen2_audio(self, tower, features):
-        """Qwen2AudioEncoder.forward on the clip's own frames; it wants 3000 itself and masks the rest."""
-        frames = features.shape[1] - self.prompts.family.padding_frames
-        x = features.unsqueeze(0).to(tower.conv1.weight.dtype)  # (1, mels, frames + padding)
-        x = F.gelu(tower.conv2(F.gelu(tower.conv1(x)))).transpose(1, 2)[:, : (frames - 1) // 2 + 1]
-        x = (x + tower.embed_positions.weight[: x.shape[1]]).to(x.dtype)
-        for layer in tower.layers:
-            x = layer(x, attention_mask=None)
-        x = tower.avg_pooler(x.transpose(1, 2)).transpose(1, 2)
-        return self.model.model.multi_modal_projector(tower.layer_norm(x))[0]
-
-    def prefill(self, prompts) -> Prefill:
-        """Run B prompts, right-padded: a causal mask hides the padding, later `sample_from` does."""
-        lengths = torch.tensor([len(p.input_ids) for p in prompts])
-        ids = pad_sequence([p.input_ids for p in prompts], batch_first=True).to(self.device)
-        positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
-        features = [p.input_features.to(self.device) for p in prompts if p.input_features is not None]
-        places, cache, lengths = ids == self.prompts.audio_token_id, KVCache(), lengths.to(self.device)
-        return Prefill(cache, self(ids, positions, None, cache, features, places, lengths - 1), lengths)
-
-    @torch.no_grad()
-    def sample_from(self, prefill, group_size, max_new_tokens, temperature, generator=None):
-        """Continue each of B prompts G times: a list (B) of lists (G) of 1-D int64 tensors, EOS kept.
-
-        Tokens are drawn from softmax(logits / temperature); temperature 0 takes the most likely. The G
-        responses of a prompt are G tokens of one row at every step: the prompt's keys are stored and read
-        once, not G times.
-        """
-        B, G = len(prefill.lengths), group_size
-        cache = prefill.cache.detach()
-        logits = prefill.logits.unsqueeze(1).expand(B, G, -1)
-        in_prompt = (
-            torch.arange(int(prefill.lengths.max()), device=self.device) < prefill.lengths[:, None, None]
-        )
-        in_prompt = in_prompt.expand(B, G, -1)
-        same_response = torch.eye(G, dtype=torch.bool, device=self.device).expand(B, G, G)
-        eos, tokens = self.eos.to(self.device), []
-        done = torch.zeros(B, G, dtype=torch.bool, device=self.device)
-        for step in range(max_new_tokens):
-            tokens.append(draw(logits, temperature, generator))
-            done |= torch.isin(tokens[-1], eos)
-            if step + 1 == max_new_tokens or self.all_done(done):
-                break
-            mask = torch.cat([in_prompt] + [same_response] * (step + 1), dim=-1).unsqueeze(1)
-            cache = KVCache(prefix=cache)
-            logits = self(tokens[-1], (prefill.lengths[:, None] + step).expand(B, G), mask, cache)
-        responses = torch.stack(tokens, dim=-1).cpu()  # (B, G, T)
-        return [[until_eos(response, self.eos) for response in group] for group in responses]
-
-    def all_done(self, done):
-        done = done.all().int()
-        if self.lockstep:
-            dist.all_reduce(done, dist.ReduceOp.MIN)
-        return bool(done)
-
-    @torch.no_grad()
-    def generate(self, prompts, max_new_tokens=64, group_size=1, temperature=0.0, generator=None):
-        """B prompts -> list (B) of lists (G) of 1-D int64 tensors, EOS kept. Greedy by default."""
-        responses = self.sample_from(
-            self.prefill(prompts), group_size, max_new_tokens, temperature, generator
-        )
-        if self.lockstep:  # or FSDP would prefetch for the backward in the order of these forward passes
-            self.reset_iter_state()
-        return responses
-
-    def sample(self, prompt, group_size, max_new_tokens, temperature, generator=None):
-        """G responses to one prompt, each a 1-D int64 tensor, EOS kept."""
-        return self.generate([prompt], max_new_tokens, group_size, temperature, generator)[0]
-
-    def score(self, prompt, responses, prefill=None):
-        """Log-probs of G responses under this model at temperature 1, and the mean entropy of its
-        predictions.
-
-        Returns logps (G, T), mask (G, T) bool, entropy (scalar, no gradient); T is the longest response. One
-        row: [prompt, r1, ..., rG] without each response's last token, which predicts nothing. Positions start
-        again at the prompt's end for each. With `prefill` (this model's, of this prompt) only the responses
-        are computed.
-        """
-        n, lengths = len(prompt.input_ids), [len(r) for r in responses]
-        packed = torch.cat([prompt.input_ids] + [r[:-1] for r in responses])
-        positions = torch.cat([torch.arange(n)] + [torch.arange(n, n + length - 1) for length in lengths])
-        segment = torch.cat([torch.full((n,), -1)] + [torch.full((k - 1,), i) for i, k in enumerate(lengths)])
-        mask = (segment == -1) | (segment == segment.unsqueeze(1))
-        mask = mask.tril().view(1, 1, len(packed), len(packed))
-        if prefill is None:
-            features = [] if prompt.input_features is None else [prompt.input_features.to(self.device)]
-            places = (packed == self.prompts.audio_token_id) & (segment == -1)  # a response may say the token
-            inputs = [x.to(self.device) for x in (packed[None], positions[None], mask, places[None])]
-            logits = self(*inputs[:3], KVCache(), features, inputs[3], slice(n - 1, None))[0]
-        elif len(packed) > n:
-            inputs = [x.to(self.device) for x in (packed[None, n:], positions[None, n:], mask[:, :, n:])]
-            logits = torch.cat([prefill.logits, self(*inputs, KVCache(prefill.cache))[0]])
-        else:
-            logits = prefill.logits
-        return group_log_probs(logits, responses)
-
-    def log_probs(self, prompt, responses):
-        """log pi(o_t | q, o_<t) of Eq. 3: (G, T), and the mask (G, T) of real tokens, EOS included."""
-        return self.score(prompt, responses)[:2]
-
-    def decode(self, tokens) -> str:
+    def decode(self, tokens: Tensor) -> str:
         return self.prompts.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def save(self, out, dtype=None):
-        """Write a folder that plain `from_pretrained` loads. Collective. See `weights.save_model`."""
-        save_model(self, Path(out), dtype or self.dtype)
+    def forward(self, tokens: Tokens, cache: KVCache | None = None) -> Tensor:
+        """Logits (K, vocabulary) in fp32 where `tokens` wants them. The one entry for all that is computed."""
+        network = self.model.model
+        embeddings = network.language_model.embed_tokens(tokens.ids.to(self.device))
+        if tokens.clips:
+            heard = self.hear(tokens.clips).to(embeddings.dtype)  # (placeholders, hidden)
+            places = tokens.placeholders.to(self.device).unsqueeze(-1)
+            embeddings = embeddings.masked_scatter(places, heard)
+        mask = tokens.mask if tokens.mask is None else tokens.mask.to(self.device)
+        hidden = network.language_model(
+            inputs_embeds=embeddings,
+            attention_mask={"full_attention": mask},  # a dict is taken as it is; None means causal
+            position_ids=tokens.positions.to(self.device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        hidden = hidden[tokens.rows.to(self.device), tokens.columns.to(self.device)]
+        return self.model.lm_head(hidden).float()
+
+    def hear(self, clips: list[Prompt]) -> Tensor:
+        """Clips -> (all their audio tokens, hidden), computed over what is heard and nothing else."""
+        if self.prompts.family is OMNI:
+            return hear_omni(self.model.model.audio_tower, clips, self.device)
+        parts = [hear_whisper(self.model.model.audio_tower, clip, self.device) for clip in clips]
+        return self.model.model.multi_modal_projector(torch.cat(parts))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[Prompt],
+        max_new_tokens: int = 64,
+        group_size: int = 1,
+        temperature: float = 0.0,
+        generators: list[torch.Generator] | None = None,
+    ) -> list[list[Tensor]]:
+        """Continue each of B prompts G times: a list (B) of lists (G) of 1-D int64 tensors, EOS kept.
+
+        Tokens are drawn from softmax(logits / temperature), each prompt's from its own generator, so that its
+        responses do not depend on its neighbours; temperature 0 takes the most likely.
+        """
+        shape = (len(prompts), group_size)
+        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=self.device)
+        rows = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)
+        columns = torch.arange(group_size, device=self.device).repeat(len(prompts))
+        eos = self.eos.to(self.device)
+        done = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        said = []
+        with self.gathered():
+            cache = KVCache()
+            logits = self(pack_prompts(prompts, self.prompts.audio_token_id), cache)  # prefill: (B, V)
+            if temperature == 0 and not logits.isfinite().all():  # argmax would answer all the same
+                raise InputError(f"{self.folder}: the model's predictions are not finite numbers")
+            logits = logits.unsqueeze(1).expand(-1, group_size, -1)
+            for count in range(1, max_new_tokens + 1):
+                newest = draw(logits, temperature, generators)
+                said.append(newest)
+                done |= torch.isin(newest, eos)
+                if count == max_new_tokens or self.all_done(done):
+                    break
+                positions = (lengths + count - 1).unsqueeze(1).expand(shape)
+                mask = decoding_mask(lengths, group_size, count)
+                logits = self(Tokens(newest, positions, mask, rows, columns), cache).view(*shape, -1)
+        responses = torch.stack(said, dim=-1).cpu()  # (B, G, T)
+        return [[until_eos(response, self.eos) for response in group] for group in responses]
+
+    def all_done(self, done: Tensor) -> bool:
+        finished = done.all().int()
+        if self.lockstep:
+            dist.all_reduce(finished, dist.ReduceOp.MIN)
+        return bool(finished)
+
+    def sample(
+        self, prompt: Prompt, group_size: int, max_new_tokens: int, temperature: float, generator=None
+    ) -> list[Tensor]:
+        """G responses to one prompt, each a 1-D int64 tensor, EOS kept."""
+        generators = None if generator is None else [generator]
+        return self.generate([prompt], max_new_tokens, group_size, temperature, generators)[0]
+
+    def score(self, prompts: list[Prompt], groups: list[list[Tensor]]) -> Scores:
+        """log pi(o_t | q, o_<t) of Eq. 3 for B groups of G responses, in one pass over B rows."""
+        logits = self(pack(prompts, groups, self.prompts.audio_token_id))
+        return score_logits(logits, groups)
+
+    def log_probs(self, prompt: Prompt, responses: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Log-probs (G, T) of one prompt's responses, and the mask (G, T) of real tokens, EOS included."""
+        scores = self.score([prompt], [responses])
+        return scores.logps, scores.mask
+
+    def save(self, out: Path | str, dtype: torch.dtype | None = None, **more) -> None:
+        """Write a folder in the base's layout. Collective. See `weights.save_model`."""
+        save_model(self, Path(out), dtype or self.dtype, **more)
 
 
-def draw(logits, temperature, generator):
-    """(B, G, vocabulary) -> one token each, (B, G)."""
+def unchanged(name: str, weight: Tensor) -> Tensor:
+    return weight
+
+
+def draw(logits: Tensor, temperature: float, generators: list[torch.Generator] | None) -> Tensor:
+    """(B, G, vocabulary) -> one token each, (B, G); row b with generator b."""
     if temperature == 0:
         return logits.argmax(-1)
     # A NaN stops multinomial (and with it a GPU for good); let the loss be NaN instead, which is reported.
     probabilities = (logits / temperature).softmax(-1).nan_to_num(nan=1.0)
-    return torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
+    if generators is None:
+        generators = [None] * len(probabilities)
+    drawn = []
+    for row, generator in zip(probabilities, generators, strict=True):
+        drawn.append(torch.multinomial(row, 1, generator=generator))
+    return torch.stack(drawn).squeeze(-1)
 
 
-def until_eos(response, eos):
+def until_eos(response: Tensor, eos: Tensor) -> Tensor:
     ends = torch.isin(response, eos).nonzero()
-    return response[: int(ends[0]) + 1] if len(ends) else response
+    if len(ends) == 0:
+        return response
+    return response[: int(ends[0]) + 1]
 
 
-def group_log_probs(logits, responses):
-    """Logits (1 + sum(len - 1), V): the prompt's last, then each response's -> see AudioLM.score."""
-    device, lengths = logits.device, [len(r) for r in responses]
-    first = torch.stack([r[0] for r in responses]).to(device)
-    rest = torch.cat([r[1:] for r in responses]).to(device)
-    # All first tokens share one row. Expanding it sums their gradients in a fixed order; indexing it G times
-    # would add them atomically, in another order every run.
-    first_logps = -F.cross_entropy(logits[:1].expand(len(responses), -1), first, reduction="none")
-    rest_logps = -F.cross_entropy(logits[1:], rest, reduction="none")
-    rest_logps = rest_logps.split([length - 1 for length in lengths])
-    logps = pad_sequence(
-        [torch.cat([first_logps[i : i + 1], r]) for i, r in enumerate(rest_logps)], batch_first=True
-    )
-    mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+def score_logits(logits: Tensor, groups: list[list[Tensor]]) -> Scores:
+    """The logits of `pack`'s places -> log-probs and entropies of the B x G responses."""
+    device = logits.device
+    B = len(groups)
+    G = len(groups[0])
+    responses = [response for group in groups for response in group]
+    lengths = [len(response) for response in responses]
+    first = torch.stack([response[0] for response in responses]).to(device)
+    rest = torch.cat([response[1:] for response in responses]).to(device)
+    # The G first tokens of a prompt share one row. Expanding it sums their gradients in a fixed order;
+    # indexing it G times would add them atomically, in another order every run.
+    first_logits = logits[:B].unsqueeze(1).expand(-1, G, -1).flatten(0, 1)
+    first_logps = -F.cross_entropy(first_logits, first, reduction="none")  # (B * G,)
+    rest_logps = -F.cross_entropy(logits[B:], rest, reduction="none")
     with torch.no_grad():  # 64 rows at a time: an entropy needs three more arrays of the logits' size
-        entropies = torch.cat(
-            [-(p.exp() * p).sum(-1) for p in (F.log_softmax(rows, -1) for rows in logits.split(64))]
-        )
-        entropy = (entropies.sum() + entropies[0] * (len(responses) - 1)) / mask.sum()
-    return logps, mask, entropy
+        entropies = torch.cat([entropy_of(part) for part in logits.split(64)])
+        first_entropy = entropies[:B].repeat_interleave(G)
+    more = [length - 1 for length in lengths]
+    rows = []
+    entropy = []
+    for i, (logps, spread) in enumerate(zip(rest_logps.split(more), entropies[B:].split(more), strict=True)):
+        rows.append(torch.cat([first_logps[i : i + 1], logps]))
+        entropy.append((first_entropy[i] + spread.sum()) / lengths[i])
+    mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+    return Scores(pad_sequence(rows, batch_first=True), mask, torch.stack(entropy))
 
 
-def end_tokens(folder, tokenizer):
+def entropy_of(logits: Tensor) -> Tensor:
+    """(K, vocabulary) -> (K,) in nats."""
+    logps = F.log_softmax(logits, -1)
+    return -(logps.exp() * logps).sum(-1)
+
+
+# ------------------------------------------------------------------------------------------------- hearing
+
+
+def hear_omni(tower: nn.Module, clips: list[Prompt], device: torch.device) -> Tensor:
+    """Qwen2.5-Omni's encoder on clips of any length, side by side: (all audio tokens, hidden).
+
+    Where its chunks of 2 s begin is worked out on the CPU and handed over: taken from the GPU, each of its
+    layers would wait for the device three times (97 times a pass of the 7B).
+    """
+    features = torch.cat([clip.input_features[:, : clip.frames] for clip in clips], dim=1).to(device)
+    lengths = torch.tensor([clip.frames for clip in clips])
+    chunks, chunk_lengths = omni.chunk_and_pad_features(features, lengths, tower.n_window)
+    return tower(
+        padded_feature=chunks,
+        chunk_lengths=chunk_lengths.to(device),
+        valid_indices=omni.get_valid_indices(chunk_lengths).to(device),
+        pool_indices=omni.get_pool_indices(lengths).to(device),
+        cu_seqlens=omni.get_audio_cu_seqlens(chunk_lengths),
+        feature_lens=lengths,
+    ).last_hidden_state
+
+
+def hear_whisper(tower: nn.Module, clip: Prompt, device: torch.device) -> Tensor:
+    """A Whisper encoder on one clip, its windows of 30 s apart: (audio tokens, encoder's size).
+
+    transformers' own wants all 3000 frames of a window and masks what lies after the clip; here only the
+    frames that an embedding depends on are computed. At 3000 frames the original pads with zeros, as the
+    convolutions do here.
+    """
+    features = clip.input_features.to(device)
+    parts = []
+    for start in range(0, clip.frames, WINDOW):
+        frames = min(clip.frames - start, WINDOW)
+        if audio_tokens(frames) == 0:  # 10 or 20 ms after a full window
+            break
+        window = features[:, start : start + min(frames + LOOK_AHEAD, WINDOW)]
+        x = window.unsqueeze(0).to(tower.conv1.weight.dtype)  # (1, mels, frames and look-ahead)
+        x = F.gelu(tower.conv2(F.gelu(tower.conv1(x)))).transpose(1, 2)
+        x = x[:, : (frames - 1) // 2 + 1]
+        x = (x + tower.embed_positions.weight[: x.shape[1]]).to(x.dtype)
+        for layer in tower.layers:
+            x = layer(x, attention_mask=None)
+        x = tower.avg_pooler(x.transpose(1, 2)).transpose(1, 2)
+        parts.append(tower.layer_norm(x)[0])
+    return torch.cat(parts)
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def end_tokens(folder: Path, tokenizer) -> Tensor:
     """Ids that end a response: <|im_end|> and what the checkpoint's generation config names."""
     ends = {tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    file = folder / "generation_config.json"
-    if file.exists():
-        named = json.loads(file.read_text()).get("eos_token_id")
-        ends |= set(named if isinstance(named, list) else [] if named is None else [named])
+    named = read_small_file(folder, "generation_config.json").get("eos_token_id")
+    if named is None:
+        named = []
+    if not isinstance(named, list):
+        named = [named]
+    if not all(type(end) is int and end >= 0 for end in named):
+        raise InputError(f"{folder}/generation_config.json: eos_token_id {named} is no token's number")
+    ends.update(named)
     return torch.tensor(sorted(ends))
 
 
-def load_model(path, dtype=torch.float32, device="cpu", audio=True, prepare=None) -> AudioLM:
-    """Load a checkpoint folder or hub name (the hub's layouts, and what `save` writes).
-
-    `prepare(lm)` is called while the model has no memory yet: sharded there, each process reads its own rows
-    only. Raises InputError if the folder is missing, of another kind, or lacks a weight.
-    """
+def empty_lm(
+    path: Path | str, dtype: torch.dtype = torch.float32, audio: bool = True, prompt: str = "direct"
+) -> AudioLM:
+    """The model of a checkpoint folder or hub name, of the right shapes and without memory (meta device)."""
     folder = find_model(path)
     model = empty_model(folder, audio)
+    prompts = PromptEncoder(folder, prompt)
+    check_weights(model, prompts.family, folder)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    lm = AudioLM(model, PromptEncoder(folder), folder, dtype)
-    if prepare:
-        prepare(lm)
-    lm.to_empty(device=device)
-    for module in model.modules():
+    return AudioLM(model, prompts, folder, dtype)
+
+
+def load_weights(lm: AudioLM, storage: torch.device | str, compute: torch.device | str) -> AudioLM:
+    """Give an empty model, sharded or not, its memory on `storage` and read the weights into it.
+
+    It computes on `compute`, where its tables are; the two differ where shards lie in host memory.
+    """
+    lm.device = torch.device(compute)
+    lm.to_empty(device=storage)
+    if lm.is_tied:  # to_empty has made two parameters of it
+        lm.model.lm_head.weight = lm.model.model.language_model.embed_tokens.weight
+    for module in lm.model.modules():
         if next(module.buffers(recurse=False), None) is not None:  # rotary and sinusoid tables are in no file
-            model._init_weights(module)
+            lm.model._init_weights(module)
+        for name, table in list(module.named_buffers(recurse=False)):
+            setattr(module, name, table.to(compute))
     read_weights(lm)
     return lm
+
+
+def load_model(
+    path: Path | str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    audio: bool = True,
+    prompt: str = "direct",
+) -> AudioLM:
+    """Load a checkpoint folder or hub name (the hub's layouts, and what `save` writes), whole.
+
+    Raises InputError if the folder is missing, of another kind, or lacks a weight.
+    """
+    return load_weights(empty_lm(path, dtype, audio, prompt), device, device)

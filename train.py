@@ -3,6 +3,7 @@
     torchrun --nproc_per_node 4 train.py
     python train.py --model M --data arc.jsonl --no_audio --out results/arc      (text only, Section IV-E)
     python train.py --plan --world_size 4 --gpu_memory 48                        (what it takes; no weights)
+    python train.py --explain --model M --data F --audio_dir D                   (one question, step by step)
 
 A run is a pure function of its arguments. Which question is number k of step s, and the random numbers that
 its responses are drawn with, follow from (seed, s, k): not from the number of processes, and not from what
@@ -12,15 +13,18 @@ number.
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import resource
 import shutil
 import signal
 import sys
-from dataclasses import MISSING, asdict, dataclass, field, fields
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,99 +33,203 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import weights
-from data import Questions, load_questions
-from files import InputError, write_text
-from grpo import clock, question_loss
-from model import load_model
+import fsdp  # first of ours: it sets what torch reads when it is imported
+import grpo
+from data import PROMPTS, Asked, Loaded, Question, Questions, check_clips, load_questions, prompt_text
+from files import InputError, read_text, write_text
+from journal import Journal
+from model import empty_lm, load_weights
 from plan import choose_plan, plan_table, print_plan
+from reward import final_answer, find_reward, string_match, wilson
+from weights import empty_model, find_model
 
 log = logging.getLogger("omni_r1")
 
-
-def option(default, help, **more):
-    kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**kind, metadata={"help": help, **more})
-
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-AUTO = {"choices": ["auto", "on", "off"], "free": True}
-FREE = {"free": True}  # may differ when a run is resumed
+# Options that may differ when a run is resumed: they change where and how it runs, not what it computes.
+FREE = "out accumulation questions_per_pass reshard checkpointing cpu_offload replicas workers timeout"
+FREE += " save_every keep save_model_every model_only samples wandb max_bad plan explain world_size"
+FREE += " gpu_memory gpu"
+AT_LEAST_ONE = "steps batch max_new_tokens save_every keep replicas updates eval_every"
+AT_LEAST_ZERO = "accumulation questions_per_pass hold_out save_model_every samples workers seed"
+AUTO = ["auto", "on", "off"]
 
 
-@dataclass
-class Config:
-    """One field, one command-line option."""
-
-    model: str = option("Qwen/Qwen2.5-Omni-7B", "checkpoint folder or hub name")
-    data: list = option(["data/avqa/train_qa.json"], "question file(s): AVQA, generated, ARC, MMAU or MMAR")
-    audio_dir: list = option(["data/vggsound/audio"], "folder of the clips, one for all files or one each")
-    shares: list = option([], "share of the steps of each of several files (default: equal)", type=float)
-    out: str = option("results/omni-avqa", "folder of the run: log.jsonl, checkpoints, model", **FREE)
-    no_audio: bool = option(False, "drop the audio tokens from every prompt (Section IV-E)")
-    steps: int = option(1000, "optimizer steps")
-    accumulation: int = option(2, "questions per process and step", **FREE)
-    group_size: int = option(4, "responses per question, G")
-    temperature: float = option(1.2, "sampling temperature of the rollout")
-    max_new_tokens: int = option(64, "longest response, in tokens")
-    beta: float = option(0.04, "weight of the KL divergence; 0 loads no reference model")
-    epsilon: float = option(0.2, "clipping range of the probability ratio")
-    strict: bool = option(False, "no reward for a response that contains a wrong choice beside the right one")
-    lr: float = option(1e-6, "learning rate at the start; falls linearly to 0")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    seed: int = option(0, "of the order of questions and of sampling")
-    dtype: str = option("auto", "compute; auto: bfloat16 where a GPU has it", choices=["auto", *DTYPES])
-    reshard: str = option("auto", "free each layer's gathered weights after use", **AUTO)
-    checkpointing: str = option("auto", "recompute activations in the backward pass", **AUTO)
-    cpu_offload: str = option("auto", "keep shards, gradients and optimizer in host memory", **AUTO)
-    replicas: int = option(1, "2-D mesh: so many copies of the shards (several nodes: one per node)", **FREE)
-    save_every: int = option(100, "steps between checkpoints (12 bytes a parameter each)", **FREE)
-    keep: int = option(2, "checkpoints kept", **FREE)
-    workers: int = option(1, "processes per GPU that decode audio ahead of time", **FREE)
-    max_bad: float = option(0.1, "share of malformed rows or unreadable clips that stops the run", **FREE)
-    max_nonfinite: int = option(0, "steps with a non-finite loss or gradient that are skipped", **FREE)
-    timeout: float = option(30.0, "minutes after which a hung collective ends the run", **FREE)
-    plan: bool = option(False, "print the memory and disk that the run takes, and stop", **FREE)
-    world_size: int = option(0, "--plan: number of GPUs (default: as found)", **FREE)
-    gpu_memory: float = option(0, "GiB per GPU (default: as found)", **FREE)
+# -------------------------------------------------------------------------------------------------- options
 
 
-def default_of(f):
-    return f.default if f.default is not MISSING else f.default_factory()
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands, and every option's default."""
 
 
-def parse(argv=None) -> Config:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape, allow_abbrev=False)
-    for f in fields(Config):
-        default = default_of(f)
-        kwargs = {"help": f"{f.metadata['help']} (default: {default})", "default": default}
-        if f.type is bool:
-            kwargs["action"] = "store_true"
-        else:
-            kwargs["type"] = f.metadata.get("type", str if f.type is list else f.type)
-            kwargs |= {"choices": f.metadata.get("choices"), "nargs": "+" if f.type is list else None}
-        parser.add_argument(f"--{f.name}", **kwargs)
-    return Config(**vars(parser.parse_args(argv)))
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    add_data_options(parser.add_argument_group("what is learned from"))
+    add_recipe_options(parser.add_argument_group("the recipe"))
+    add_machine_options(parser.add_argument_group("where it runs"))
+    add_output_options(parser.add_argument_group("what is written"))
+    return parser.parse_args(argv)
 
 
-# ------------------------------------------------------------------------------------------ before the run
+def add_data_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--model", default="Qwen/Qwen2.5-Omni-7B", help="checkpoint folder or hub name")
+    add(
+        "--data",
+        nargs="+",
+        default=["data/avqa/train_qa.json"],
+        help="question file(s), in any format that data.py reads; the questions of a step come from one",
+    )
+    add(
+        "--audio_dir",
+        nargs="+",
+        default=["data/vggsound/audio"],
+        help="folder of the clips, one for all question files or one each",
+    )
+    add(
+        "--shares",
+        nargs="+",
+        type=float,
+        default=[],
+        help="of several question files, each one's share of the steps (none given: equal shares)",
+    )
+    add("--no_audio", action="store_true", help="drop the audio tokens from every prompt (Section IV-E)")
+    add("--prompt", choices=list(PROMPTS), default="direct", help="how the answer is asked for")
+    add(
+        "--hold_out",
+        type=int,
+        default=0,
+        help="so many questions are kept from training, chosen by their id, and scored meanwhile",
+    )
+    add("--eval_data", default="", help="a question file that is scored meanwhile instead")
+    add("--eval_audio_dir", default=None, help="folder of its clips (None: beside the file)")
+    add("--eval_every", type=int, default=300, help="steps between held-out scores")
+    add("--max_bad", type=float, default=0.1, help="share of bad rows or clips that stops the run")
 
 
-def check_arguments(config):
+def add_recipe_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--steps", type=int, default=1000, help="optimizer steps")
+    add("--batch", type=int, default=8, help="questions of a step, over all processes")
+    add(
+        "--accumulation",
+        type=int,
+        default=0,
+        help="instead of --batch: questions of a step for each process (the paper: 2 on each of 4 GPUs)",
+    )
+    add("--group_size", type=int, default=4, help="responses per question, G")
+    add("--temperature", type=float, default=1.2, help="sampling temperature of the rollout")
+    add("--max_new_tokens", type=int, default=64, help="longest response, in tokens")
+    add(
+        "--reward",
+        default="exact",
+        help="exact: the right choice and no wrong one; contains: Eq. 2 to the letter, which pays for "
+        "listing all choices; or FILE.py:function, called with (response, answer, choices)",
+    )
+    add("--format_weight", type=float, default=0.0, help="reward for a reply in the form that --prompt asks")
+    add("--beta", type=float, default=0.04, help="weight of the KL divergence; 0: no reference model")
+    add("--epsilon", type=float, default=0.2, help="clipping range of the probability ratio")
+    add("--epsilon_high", type=float, default=None, help="its upper side, if another (DAPO: 0.28)")
+    add(
+        "--loss",
+        choices=["sequence", "token", "dr"],
+        default="sequence",
+        help="what weighs the same: sequence, each response (GRPO); token, each token (DAPO); dr, each token "
+        "over the longest allowed (Dr. GRPO)",
+    )
+    add("--scale_rewards", choices=["on", "off"], default="on", help="divide by the group's deviation")
+    add("--mask_truncated", action="store_true", help="responses that were cut do not count in the loss")
+    add("--updates", type=int, default=1, help="optimizer steps on each rollout")
+    add("--lr", type=float, default=1e-6, help="learning rate at the start; falls linearly to 0")
+    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    add("--seed", type=int, default=0, help="of the order of questions and of sampling")
+
+
+def add_machine_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--dtype",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="of the computation; weights that learn are float32. auto: bfloat16 on GPUs that have it",
+    )
+    add(
+        "--questions_per_pass",
+        type=int,
+        default=0,
+        help="of a process's questions of a step, how many go through the model at once (0: as many as fit)",
+    )
+    add("--reshard", choices=AUTO, default="auto", help="free each layer's gathered weights after use")
+    add("--checkpointing", choices=AUTO, default="auto", help="recompute activations in the backward pass")
+    add(
+        "--cpu_offload",
+        choices=["auto", "off", "moments", "on"],
+        default="auto",
+        help="what lies in host memory: nothing, AdamW's moments, or (on) all shards and gradients as well",
+    )
+    add("--replicas", type=int, default=1, help="copies of the shards: one a node, say")
+    add("--workers", type=int, default=1, help="processes per GPU that decode audio ahead of time")
+    add("--timeout", type=float, default=30.0, help="minutes after which a hung collective ends the run")
+    add("--plan", action="store_true", help="print the memory, time and disk that the run takes, and stop")
+    add("--world_size", type=int, default=0, help="--plan: number of GPUs (0: as found)")
+    add("--gpu_memory", type=float, default=0, help="GiB per GPU (0: as found)")
+    add("--gpu", default="", help="--plan: the card's name, for its speed (as found)")
+
+
+def add_output_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--out", default="results/omni-avqa", help="the run's folder: log, samples, checkpoints, model")
+    add("--save_every", type=int, default=100, help="steps between checkpoints (12 bytes a parameter)")
+    add("--keep", type=int, default=2, help="checkpoints kept")
+    add("--save_model_every", type=int, default=0, help="steps between model folders (0: the last alone)")
+    add(
+        "--model_only",
+        choices=["thinker"],
+        default=None,
+        help="save Qwen2.5-Omni's thinker alone; else its other parts are copied from the base",
+    )
+    add("--samples", type=int, default=1, help="questions a step whose responses are written down")
+    add("--wandb", default="", help="project for Weights & Biases, where that is installed")
+    add("--explain", action="store_true", help="print one question's step with all its numbers, and stop")
+
+
+def check_arguments(config: argparse.Namespace) -> None:
     """Raise InputError for values that make no sense, before anything is read."""
-    for name in ("steps", "accumulation", "max_new_tokens", "save_every", "keep", "replicas"):
+    for name in AT_LEAST_ONE.split():
         if getattr(config, name) < 1:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least 1")
+    for name in AT_LEAST_ZERO.split():
+        if getattr(config, name) < 0:
+            raise InputError(f"--{name} {getattr(config, name)}: must be at least 0")
+    for name in ("temperature", "lr", "max_grad_norm", "timeout"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise InputError(f"--{name} {getattr(config, name)}: must be a number above 0")
+    for name in ("beta", "format_weight", "max_bad"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise InputError(f"--{name} {getattr(config, name)}: must be a number of at least 0")
     if config.group_size < 2:
         raise InputError(f"--group_size {config.group_size}: an advantage needs a group of at least 2")
-    if not (config.temperature > 0 and config.lr > 0 and config.beta >= 0 and 0 < config.epsilon < 1):
-        raise InputError("--temperature and --lr must be above 0, --beta at least 0, --epsilon in (0, 1)")
+    if not 0 < config.epsilon < 1:
+        raise InputError(f"--epsilon {config.epsilon}: must lie between 0 and 1")
+    if config.epsilon_high is not None and not 0 < config.epsilon_high < math.inf:
+        raise InputError(f"--epsilon_high {config.epsilon_high}: must be a number above 0")
     files = len(config.data)
     if len(config.audio_dir) not in (1, files):
         raise InputError(f"--audio_dir: {len(config.audio_dir)} folders for {files} files; give 1 or {files}")
-    if config.shares and (len(config.shares) != files or min(config.shares) < 0 or not sum(config.shares)):
+    shares = config.shares or [1.0] * files
+    if len(shares) != files or not 0 < sum(shares) < math.inf or min(shares) < 0:
         raise InputError(f"--shares: give {files} numbers, one for each file, none negative")
+    if config.hold_out and config.eval_data:
+        raise InputError("--hold_out and --eval_data: give one of them")
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("--wandb: wandb is not installed (pip install wandb)")
+
+
+def set_batch(config: argparse.Namespace, world: int) -> None:
+    """--batch from --accumulation where that is given; InputError if the processes cannot share it."""
+    if config.accumulation:
+        config.batch = config.accumulation * world
+    if config.batch % world:
+        raise InputError(f"--batch {config.batch} cannot be shared by {world} processes: give a multiple")
 
 
 # ------------------------------------------------------------------------------------------------- the run
@@ -130,263 +238,490 @@ def check_arguments(config):
 class Run:
     """Policy, reference, optimizer and data of a run, and the number of steps taken."""
 
-    def __init__(self, config, rank, world, device, files):
-        self.config, self.rank, self.world, self.device = config, rank, world, device
-        bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        name = config.dtype if config.dtype != "auto" else "bfloat16" if bfloat16 else "float32"
-        self.dtype = DTYPES[name]
-        self.hears = not config.no_audio and any(q.audio is not None for file in files for q in file)
-        self.load_models()
-        self.parameters = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), config.lr, weight_decay=0.0, fused=True)
-        for p in self.parameters.values():  # from the start, so that one without a gradient yet is saved too
-            self.optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
-        self.step = self.nonfinite = self.bad_clips = 0
-        self.questions = Questions(files, self.policy.prompts, config, rank, world)
-        ids = json.dumps([[q.id for q in file] for file in files])
-        self.fingerprint = {
-            f.name: getattr(config, f.name) for f in fields(config) if "free" not in f.metadata
-        }
-        self.fingerprint |= {
-            "dtype": name,
-            "processes x accumulation": world * config.accumulation,
-            "questions": f"{sum(map(len, files))}, {hashlib.sha256(ids.encode()).hexdigest()[:12]}",
-        }
+    def __init__(
+        self, config: argparse.Namespace, rank: int, world: int, device: torch.device, loaded: Loaded
+    ):
+        self.config = config
+        self.rank = rank
+        self.world = world
+        self.device = device
+        self.dtype = fsdp.compute_dtype(config.dtype, device)
+        self.reward = find_reward(config.reward)
+        self.held_out = loaded.held_out
+        self.hears = not config.no_audio and loaded.longest_clip > 0
+        self.load_models(loaded.longest_clip)
+        self.make_optimizer()
+        self.step = 0
+        self.bad_clips = 0
+        self.questions = Questions(loaded.files, self.policy.encode, config, rank, world)
+        self.fingerprint = fingerprint(config, loaded.files, self.dtype)
 
-    def load_models(self):
+    def load_models(self, longest_clip: float) -> None:
         """The policy in fp32 shards, and the reference in the compute dtype; nothing whole in any process."""
-        config, world = self.config, self.world
-        shape = (config.replicas, world // config.replicas)
-        model = weights.empty_model(weights.find_model(config.model), self.hears)
-        self.plan = plan = choose_plan(model, shape[1], self.dtype, config, self.device)
+        config = self.config
+        shape = (config.replicas, self.world // config.replicas)
+        model = empty_model(find_model(config.model), self.hears)
+        self.plan = choose_plan(model, shape[1], self.dtype, config, self.device, longest_clip)
+        self.layout = self.plan.layout
         if self.rank == 0:
-            log.info(plan_table(plan))
+            log.info(plan_table(self.plan))
         mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
-        mesh = mesh if config.replicas > 1 else mesh["shard"]
+        if config.replicas == 1:
+            mesh = mesh["shard"]
+        layout = {"reshard": self.layout.reshard, "gathered_rollout": self.layout.gathered_rollout}
+        offload = self.layout.offload == "all"
+        home = self.device
+        if offload:
+            home = torch.device("cpu")
 
-        def prepare_policy(lm):
-            if plan.checkpointing:
-                weights.checkpoint_activations(lm)
-            if world > 1 or self.dtype != torch.float32 or plan.cpu_offload:
-                weights.shard(lm, mesh, self.dtype, plan.reshard, plan.cpu_offload)
-
-        def prepare_reference(lm):
-            if world > 1:
-                weights.shard(lm, mesh, self.dtype, plan.reshard)
-
-        home = "cpu" if plan.cpu_offload else self.device
-        self.policy = load_model(config.model, torch.float32, home, self.hears, prepare_policy)
+        self.policy = empty_lm(config.model, torch.float32, self.hears, config.prompt)
+        if self.layout.checkpointing:
+            fsdp.checkpoint_activations(self.policy)
+        if self.world > 1 or self.dtype != torch.float32 or offload:
+            fsdp.shard(self.policy, mesh, self.dtype, **layout, cpu_offload=offload)
+        load_weights(self.policy, home, self.device)
         self.policy.dtype = self.dtype
+        self.policy.average = fsdp.average
+
         self.reference = None
         if config.beta:
-            self.reference = load_model(config.model, self.dtype, self.device, self.hears, prepare_reference)
+            self.reference = empty_lm(config.model, self.dtype, self.hears, config.prompt)
+            if self.world > 1:
+                fsdp.shard(self.reference, mesh, self.dtype, **layout)
+            load_weights(self.reference, self.device, self.device)
             self.reference.requires_grad_(False)
 
-    def batches(self):
-        """This process's questions from the next step on, decoded ahead of time by worker processes."""
-        todo = range(self.step * self.config.accumulation, len(self.questions))
-        workers = self.config.workers
-        ahead = {"prefetch_factor": 4, "worker_init_fn": weights.ignore_signals} if workers else {}
-        return iter(DataLoader(self.questions, None, sampler=todo, num_workers=workers, **ahead))
+    def make_optimizer(self) -> None:
+        """AdamW on the parameters that learn, its state there from the start, so that all of it is saved."""
+        self.parameters = {}
+        for name, p in self.policy.named_parameters():
+            if p.requires_grad:
+                self.parameters[name] = p
+        kind = torch.optim.AdamW
+        if self.layout.offload == "moments":
+            kind = fsdp.HostMomentsAdamW
+        learning = list(self.parameters.values())
+        self.optimizer = kind(learning, self.config.lr, weight_decay=0.0, fused=True)
+        for p in learning:
+            state = self.optimizer.state[p]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(p)
+                if kind is fsdp.HostMomentsAdamW:
+                    state[name] = state[name].cpu()
 
-    def accumulate(self, batches):
-        """Gradients of one step's questions: their mean over processes (by FSDP) and micro-batches (here).
+    def batches(self) -> Iterator[list[Asked]]:
+        """This process's questions of each step from the next on, decoded ahead by other processes."""
+        each = self.config.batch // self.world
+        todo = range(self.step * each, len(self.questions))
+        options = {"num_workers": self.config.workers, "collate_fn": list}
+        if self.config.workers:
+            options["prefetch_factor"] = 4
+            options["worker_init_fn"] = fsdp.ignore_signals
+        return iter(DataLoader(self.questions, each, sampler=todo, **options))
 
-        Returns (sums of this process's metrics, what was asked and answered); None for both after a signal.
-        """
-        totals, transcript = {}, []
-        for _ in range(self.config.accumulation):
-            started = clock()
-            step, k, question, prompt, bad = next(batches)
-            waited = clock() - started
-            for reason in bad:
-                log.warning("step %d: replaced: %s", step, reason)
-            signals, undecoded = zip(
-                *weights.gather((weights.STOP.signal, [] if prompt else bad)), strict=True
-            )
-            if any(signals):
-                return None, None
-            if any(undecoded):
-                bad = next(filter(None, undecoded))
-                raise InputError(f"{len(bad)} clips in a row cannot be decoded, the last: {bad[-1]}")
-            seed = int(np.random.SeedSequence([self.config.seed, 4, step, k]).generate_state(1)[0])
-            generator = torch.Generator(self.device).manual_seed(seed)
-            loss, metrics, responses = question_loss(
-                self.policy, self.reference, prompt, question, self.config, generator
-            )
-            transcript.append({"id": question.id, "question": question.question, "responses": responses})
-            started = clock()
-            (loss / self.config.accumulation).backward()
-            metrics |= {"seconds_wait": waited, "seconds_update": clock() - started, "bad_clips": len(bad)}
-            totals = {name: totals.get(name, 0.0) + value for name, value in metrics.items()}
-        return totals, transcript
+    def take_step(self, asked: list[Asked]) -> tuple[dict, list[dict]]:
+        """One step of grpo.py on this process's questions. Returns its row for the log, and its samples."""
+        self.grad_norm = 0.0
+        rate = self.learning_rate()
+        size = self.layout.questions_per_pass
+        passes = [asked[i : i + size] for i in range(0, len(asked), size)]
+        totals, rollouts = grpo.step(
+            self.policy, self.reference, passes, self.config, self.reward, self.update
+        )
+        self.step += 1
+        row = {"step": self.step}
+        parts = fsdp.gather_objects(totals)
+        for name in totals:
+            row[name] = sum(part[name] for part in parts) / self.config.batch
+            if name.startswith("seconds"):  # of a process, not of a question
+                row[name] *= self.config.batch / self.world
+        row["grad_norm"] = self.grad_norm
+        row["learning_rate"] = rate
+        row["peak_memory_mb"] = peak_memory_mb(self.device)
+        if not math.isfinite(row["loss"]) or not math.isfinite(self.grad_norm):
+            self.report_nonfinite(rollouts)
+        return row, self.shown(rollouts)
 
-    def update(self, totals, transcript):
-        """Clip and step; returns the step's row for the log. Not finite: no step is taken."""
-        config, started, parts = self.config, clock(), weights.gather(totals)
-        row = {name: sum(part[name] for part in parts) / self.world for name in totals}
-        bad_clips = self.bad_clips + round(row.pop("bad_clips") * self.world)
-        row = {n: v if n.startswith("seconds") else v / config.accumulation for n, v in row.items()}
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-        rate = config.lr * (config.steps - self.step) / config.steps
-        finite = np.isfinite(row["loss"]) and np.isfinite(norm)
-        if finite:
-            self.optimizer.param_groups[0]["lr"] = rate
+    def update(self) -> None:
+        """Clip the gradients and step; not at all if they are not finite, which `take_step` reports."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
+        if math.isfinite(self.grad_norm):
+            self.grad_norm = norm.item()
+        if math.isfinite(self.grad_norm):
+            self.optimizer.param_groups[0]["lr"] = self.learning_rate()
             self.optimizer.step()
         self.optimizer.zero_grad()
-        weights.release(self.policy)
-        if not finite:
-            self.report_nonfinite(transcript)
-        self.step, self.bad_clips = self.step + 1, bad_clips
-        if bad_clips > config.max_bad * max(100, self.step * self.world * config.accumulation):
-            raise InputError(f"{bad_clips} clips could not be decoded, each named above; see --max_bad")
-        row["seconds_update"] += clock() - started
-        row |= {"grad_norm": norm, "learning_rate": rate, "peak_memory_mb": peak_memory_mb(self.device)}
-        return {"step": self.step, **row, "bad_clips": bad_clips}
+        fsdp.release(self.policy)
 
-    def report_nonfinite(self, transcript):
-        """Write down what was asked and answered; give up unless --max_nonfinite allows another such step."""
-        self.nonfinite, step = self.nonfinite + 1, self.step + 1
-        file = Path(self.config.out) / f"nonfinite-step-{step}-rank-{self.rank}.json"
-        write_text(file, json.dumps(transcript, indent=1, ensure_ascii=False))
-        asked = ", ".join(row["id"] for rows in weights.gather(transcript) for row in rows)
-        wrong = f"step {step}: loss or gradient is not finite for questions {asked}; see {file}"
-        log.warning("%s: no step taken", wrong)
-        if self.nonfinite > self.config.max_nonfinite:
-            self.save()
-            raise InputError(f"{wrong}. Step {self.step} is saved; --max_nonfinite N skips N such steps")
+    def learning_rate(self) -> float:
+        """Of the next step: linear to 0."""
+        return self.config.lr * (self.config.steps - self.step) / self.config.steps
 
-    def state(self):
+    def report_nonfinite(self, rollouts: list[grpo.Rollout]) -> None:
+        """Write down what was asked and answered, and end the run: the weights have not moved."""
+        file = Path(self.config.out) / f"nonfinite-step-{self.step}-rank-{self.rank}.json"
+        rows = []
+        for rollout in rollouts:
+            for one, texts in zip(rollout.asked, rollout.texts, strict=True):
+                question = one.question
+                rows.append({"id": question.id, "question": question.question, "responses": texts})
+        write_text(file, json.dumps(rows, indent=1, ensure_ascii=False))
+        asked = []
+        for part in fsdp.gather_objects([row["id"] for row in rows]):
+            asked += part
+        raise InputError(
+            f"step {self.step}: loss or gradient is not finite for questions {', '.join(asked)}; see {file}. "
+            "The last checkpoint is intact"
+        )
+
+    def shown(self, rollouts: list[grpo.Rollout]) -> list[dict]:
+        """The first --samples questions of the step, whichever process asked them."""
+        samples = []
+        for rollout in rollouts:
+            for b, one in enumerate(rollout.asked):
+                if one.k < self.config.samples:
+                    samples.append(sample_row(one, rollout, b))
+        everywhere = []
+        for part in fsdp.gather_objects(samples):
+            everywhere += part
+        return sorted(everywhere, key=lambda sample: sample["k"])
+
+    def count_bad_clips(self, asked: list[Asked]) -> None:
+        """Name the clips that were replaced; InputError, on all processes, where they are too many."""
+        for one in asked:
+            for why in one.bad:
+                log.warning("step %d: replaced: %s", one.step, why)
+        bad = []
+        hopeless = []
+        for one in asked:
+            bad += one.bad
+            if one.prompt is None:
+                hopeless = list(one.bad)
+        for part in fsdp.gather_objects(hopeless):
+            if part:
+                raise InputError(f"{len(part)} clips in a row cannot be decoded, the last: {part[-1]}")
+        self.bad_clips += sum(fsdp.gather_objects(len(bad)))
+        if self.bad_clips > self.config.max_bad * max(100, (self.step + 1) * self.config.batch):
+            raise InputError(f"{self.bad_clips} clips could not be decoded, each named above; see --max_bad")
+
+    # ---------------------------------------------------------------------------------------- held out
+
+    def score_held_out(self) -> dict:
+        """The share of the held-out questions answered right, greedily, by the benchmarks' string match.
+
+        Batches are made before they are shared, and all processes run equally many at a time, of one kind
+        (with audio or without), so that their collectives pair up and their number changes nothing.
+        """
+        started = time.perf_counter()
+        questions = sorted(self.held_out, key=lambda question: (len(question.question), question.id))
+        right = 0
+        for with_audio in (True, False):
+            kind = [q for q in questions if (self.hears and q.audio is not None) == with_audio]
+            batches = [kind[i : i + 16] for i in range(0, len(kind), 16)]
+            for first in range(0, len(batches), self.world):
+                mine = first + self.rank
+                found = self.count_right(batches[min(mine, len(batches) - 1)], with_audio)
+                if mine < len(batches):
+                    right += found
+        right = sum(fsdp.gather_objects(right))
+        fsdp.release(self.policy)
+        low, high = wilson(right, len(questions))
+        return {
+            "step": self.step,
+            "eval_accuracy": right / len(questions),
+            "eval_low": low,
+            "eval_high": high,
+            "eval_questions": len(questions),
+            "seconds_eval": time.perf_counter() - started,
+        }
+
+    def count_right(self, questions: list[Question], with_audio: bool) -> int:
+        """How many of one batch are answered right. A clip that cannot be decoded is heard as silence."""
+        prompts = []
+        for question in questions:
+            try:
+                prompts.append(self.policy.encode(question, with_audio))
+            except InputError as error:
+                log.warning("held out: %s", error)
+                prompts.append(self.policy.encode(question, with_audio, waveform=np.zeros(16_000)))
+        answers = self.policy.generate(prompts, self.config.max_new_tokens)
+        right = 0
+        for question, group in zip(questions, answers, strict=True):
+            said = final_answer(self.policy.decode(group[0]), self.config.prompt)
+            right += string_match(question.answer, said, list(question.choices))
+        return right
+
+    # ------------------------------------------------------------------------------------ save and resume
+
+    def state(self) -> dict[str, torch.Tensor]:
         """What a step changes: tensors, saved from and loaded into in place."""
-        tensors = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors = {}
         for name, p in self.parameters.items():
-            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
+            tensors[f"weights.{name}"] = p.detach()
+            for key, value in self.optimizer.state[p].items():
+                tensors[f"{key}.{name}"] = value
         return tensors
 
-    def save(self):
-        about = {"step": self.step, "nonfinite": self.nonfinite, "bad_clips": self.bad_clips}
-        about |= {"run": self.fingerprint}
-        weights.save_checkpoint(self.config.out, self.step, self.state(), about, self.config.keep)
+    def save(self) -> None:
+        out = Path(self.config.out)
+        about = {"step": self.step, "bad_clips": self.bad_clips, "run": self.fingerprint}
+        files = [out / "log.jsonl", out / "samples.jsonl"]
+        fsdp.save_checkpoint(out, self.step, self.state(), about, self.config.keep, files)
 
-    def resume(self):
-        """Load the last checkpoint under --out, if any. InputError if it is of a run with other arguments."""
-        found = weights.checkpoints(self.config.out)
-        need = sum(self.plan.disk.values()) * (1 if not found else 0.5)
-        free = shutil.disk_usage(self.config.out).free
+    def resume(self) -> None:
+        """Load the newest whole checkpoint under --out, if any. InputError if it is of other arguments."""
+        out = Path(self.config.out)
+        found = fsdp.newest_intact(out)
+        need = sum(self.plan.disk.values())
+        if found:
+            need /= 2
+        free = shutil.disk_usage(out).free
         if free < need:
             needed = f"{need / 2**30:.1f} GiB for --keep {self.config.keep} checkpoints and the model"
-            raise InputError(f"{self.config.out}: {free / 2**30:.1f} GiB free of {needed}")
-        if not found:
-            return
-        about = json.loads((found[-1] / "run.json").read_text())
-        then, now = about["run"], json.loads(json.dumps(self.fingerprint))
-        changed = [f"{name}: {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
-        if changed:
-            raise InputError(f"{self.config.out} holds a run with other arguments ({'; '.join(changed)})")
-        weights.load_checkpoint(found[-1], self.state())
-        self.step, self.nonfinite, self.bad_clips = about["step"], about["nonfinite"], about["bad_clips"]
+            raise InputError(f"{out}: {free / 2**30:.1f} GiB free of {needed}")
+        if found:
+            about = json.loads(read_text(found / "run.json"))
+            refuse_changes(out, about["run"], self.fingerprint)
+            fsdp.load_checkpoint(found, self.state())
+            self.step = about["step"]
+            self.bad_clips = about["bad_clips"]
+        if self.rank == 0:  # the rows up to this step, whatever has happened to the files since
+            for name in ("log.jsonl", "samples.jsonl"):
+                (out / name).unlink(missing_ok=True)
+                if found and (found / name).exists():
+                    shutil.copyfile(found / name, out / name)
+
+    def save_model(self, name: str) -> None:
+        """O/model or O/model-step-N, with a model card. Collective."""
+        config = self.config
+        card = {"base": config.model, "data": config.data, "steps": self.step, "settings": self.fingerprint}
+        self.policy.save(Path(config.out) / name, parts=config.model_only or "all", card=card)
 
 
-# ---------------------------------------------------------------------------------------------------- main
+def sample_row(one: Asked, rollout: grpo.Rollout, b: int) -> dict:
+    """Question b of a rollout with all that was said to it, a row of samples.jsonl."""
+    question = one.question
+    return {
+        "step": one.step,
+        "k": one.k,
+        "id": question.id,
+        "question": question.question,
+        "choices": list(question.choices),
+        "answer": question.answer,
+        "audio": question.audio,
+        "responses": rollout.texts[b],
+        "rewards": rollout.rewards[b].tolist(),
+        "advantages": rollout.advantages[b].tolist(),
+    }
 
 
-def peak_memory_mb(device):
+def settings(config: argparse.Namespace) -> dict:
+    """The options that decide what a run computes."""
+    decisive = {}
+    for name, value in vars(config).items():
+        if name not in FREE.split():
+            decisive[name] = value
+    return decisive
+
+
+def fingerprint(config: argparse.Namespace, files: list[list[Question]], dtype: torch.dtype) -> dict:
+    """All that decides what a run computes: a run goes on only where this is the same."""
+    ids = json.dumps([[question.id for question in file] for file in files])
+    print_of_ids = hashlib.sha256(ids.encode()).hexdigest()[:12]
+    decisive = settings(config)
+    decisive["dtype"] = str(dtype).removeprefix("torch.")
+    decisive["questions"] = f"{sum(map(len, files))}, {print_of_ids}"
+    return decisive
+
+
+def refuse_changes(out: Path, then: dict, now: dict) -> None:
+    """InputError where a run of these settings cannot go on with what `out` holds."""
+    now = json.loads(json.dumps(now))
+    changed = []
+    for name in now:
+        if then.get(name) != now[name]:
+            changed.append(f"{name}: {then.get(name)} -> {now[name]}")
+    if changed:
+        raise InputError(f"{out} holds a run with other arguments ({'; '.join(changed)}); take another --out")
+
+
+def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-class Journal:
-    """log.jsonl, one row per step, each step once; TensorBoard events beside it where that is installed."""
-
-    def __init__(self, out, step):
-        path = Path(out) / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        write_text(path, "".join(f"{line}\n" for line in lines[:step]))  # later rows will be written again
-        self.file = path.open("a")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.board = None
-        else:
-            self.board = SummaryWriter(out, purge_step=step + 1)
-
-    def write(self, row):
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        for name, value in row.items() if self.board else ():
-            self.board.add_scalar(name, value, row["step"])
+# ---------------------------------------------------------------------------------------------------- main
 
 
-def train(config):
+def check_clips_together(clips: list[str]) -> dict[str, str | float]:
+    """data.check_clips, shared over the processes. Collective."""
+    mine = clips[dist.get_rank() :: dist.get_world_size()]
+    found = {}
+    for part in fsdp.gather_objects(check_clips(mine)):
+        found.update(part)
+    return found
+
+
+def is_finished(config: argparse.Namespace) -> bool:
+    """Whether --out holds a finished run of the same settings. InputError if it is of others."""
+    out = Path(config.out)
+    if not (out / "model").exists():
+        return False
+    try:
+        then = json.loads(read_text(out / "config.json"))
+    except (InputError, ValueError):
+        raise InputError(f"{out}/model exists, but is no run of this program's; take another --out") from None
+    refuse_changes(out, then, settings(config))
+    if dist.get_rank() == 0:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # a kill may have come before
+        print(f"{out}/model exists, so this run is finished; take another --out for a new one")
+    return True
+
+
+def train(config: argparse.Namespace) -> int:
     """The whole run, from where it was left. Returns the exit code."""
     check_arguments(config)
     if config.plan:
-        return print_plan(config)
-    rank, world, device = weights.start_processes(config.timeout, config.replicas)
-    out = Path(config.out)
-    if (out / "model").exists():
-        if rank == 0:
-            print(f"{out}/model exists, so this run is finished; take another --out for a new one")
+        print_plan(config)
         return 0
-    files = load_questions(config, rank, world, weights.gather)
-    out.mkdir(parents=True, exist_ok=True)
-    run = Run(config, rank, world, device, files)
+    rank, world, device = fsdp.start_processes(config.timeout, config.replicas)
+    set_batch(config, world)
+    if config.explain:
+        return explain(config, device)
+    out = Path(config.out)
+    held = fsdp.hold(out)
+    if is_finished(config):
+        return 0
+    loaded = load_questions(config, check_clips_together)
+    run = Run(config, rank, world, device, loaded)
     run.resume()
-    saved = run.step
+    stop = fsdp.Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, weights.STOP)
+        signal.signal(number, stop)
+    journal = None
     if rank == 0:
-        write_text(out / "config.json", json.dumps(asdict(config), indent=1))
-        changed = {f.name: v for f in fields(config) if (v := getattr(config, f.name)) != default_of(f)}
-        log.info("settings beside the defaults: %s", changed)
-        journal = Journal(out, run.step)
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=rank > 0, dynamic_ncols=True)
+        write_text(out / "config.json", json.dumps(vars(config), indent=1))
+        log.info("settings: %s", settings(config))
+        journal = Journal(out, run.step, vars(config), config.wandb)
+    code = learn(run, journal, stop)
+    if rank == 0:
+        journal.close()
+    del held
+    return code
+
+
+def learn(run: Run, journal: Journal | None, stop: fsdp.Stop) -> int:
+    """Step after step until the last, or until a signal. Returns the exit code."""
+    config = run.config
+    saved = run.step
+    if run.step == 0:
+        score(run, journal)
+    progress = tqdm(
+        total=config.steps, initial=run.step, unit="step", disable=run.rank > 0, dynamic_ncols=True
+    )
     batches = run.batches()
     while run.step < config.steps:
-        totals, transcript = run.accumulate(batches)
-        if totals is None:
+        signals = fsdp.gather_objects(stop.signal)
+        if any(signals):
+            progress.close()
             if run.step > saved:
                 run.save()
-            if rank == 0:
-                bar.close()
+            if run.rank == 0:
                 print(f"stopped by a signal; step {run.step} is saved, the same command goes on from there")
-            return 128 + max(weights.gather(weights.STOP.signal))
-        row = run.update(totals, transcript)
-        if rank == 0:
+            return 128 + max(signals)
+        started = time.perf_counter()
+        asked = next(batches)
+        waited = time.perf_counter() - started
+        run.count_bad_clips(asked)
+        row, samples = run.take_step(asked)
+        row["seconds_wait"] = fsdp.average(waited)
+        row["bad_clips"] = run.bad_clips
+        if run.rank == 0:
             journal.write(row)
-            bar.set_postfix(reward=f"{row['reward']:.2f}", kl=f"{row['kl']:.3f}", refresh=False)
-        bar.update()
-        if run.step % config.save_every == 0 and run.step < config.steps:
+            journal.show(samples)
+        progress.set_postfix(reward=f"{row['reward']:.2f}", official=f"{row['official']:.2f}", refresh=False)
+        progress.update()
+        last = run.step == config.steps
+        if run.step % config.eval_every == 0 or last:
+            score(run, journal)
+        if config.save_model_every and run.step % config.save_model_every == 0 and not last:
+            run.save_model(f"model-step-{run.step}")
+        if run.step % config.save_every == 0 and not last:
             run.save()
             saved = run.step
-    bar.close()
-    run.policy.save(out / "model")
-    if rank == 0:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        print(f"saved {out / 'model'}")
+    progress.close()
+    run.save_model("model")
+    if run.rank == 0:
+        shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
+        print(f"saved {config.out}/model")
     return 0
 
 
-def main():
+def score(run: Run, journal: Journal | None) -> None:
+    """The held-out score of this step, where there are questions held out."""
+    if not run.held_out:
+        return
+    row = run.score_held_out()
+    if run.rank == 0:
+        journal.write(row)
+        low, high = row["eval_low"], row["eval_high"]
+        log.info("step %d: held out %.3f (%.3f to %.3f)", run.step, row["eval_accuracy"], low, high)
+
+
+def explain(config: argparse.Namespace, device: torch.device) -> int:
+    """--explain: one question's step with all its numbers; the weights do not move. Returns the exit code."""
+    if dist.get_world_size() > 1:
+        raise InputError("--explain is for one process: leave torchrun out")
+    config.batch = 1
+    config.workers = 0
+    loaded = load_questions(config, check_clips_together)
+    run = Run(config, 0, 1, device, loaded)
+    asked = next(run.batches())
+    metrics, (rollout,) = grpo.step(
+        run.policy, run.reference, [asked], config, run.reward, update=lambda: None
+    )
+    question = asked[0].question
+    ids = asked[0].prompt.input_ids
+    heard = int((ids == run.policy.prompts.audio_token_id).sum())
+    print(f"question  {question.id}, clip {question.audio}, right answer {question.answer!r}")
+    print(f"prompt    {len(ids)} tokens, of which {heard} audio; its text:")
+    print(f"          {prompt_text(question, config.prompt)}")
+    logps, _ = run.policy.log_probs(asked[0].prompt, rollout.responses[0])
+    for g, response in enumerate(rollout.responses[0]):
+        reward = rollout.rewards[0, g]
+        advantage = rollout.advantages[0, g]
+        print(f"answer {g + 1}  {rollout.texts[0][g]!r}")
+        print(f"          reward {reward:.0f} (Eq. 2), advantage {advantage:+.2f} (Eq. 1)")
+        for t, token in enumerate(response):
+            text = run.policy.prompts.tokenizer.decode([token])
+            print(f"          {text!r:20} log-prob {logps[g, t]:8.4f}")
+    for name in ("kl", "entropy", "loss"):
+        print(f"{name:9} {metrics[name]:.6f}")
+    return 0
+
+
+def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    first = int(os.environ.get("RANK", 0)) == 0
     try:
         code = train(parse())
     except (InputError, OSError) as error:  # OSError: a full disk, a read-only folder
-        if isinstance(error, OSError) or int(os.environ.get("RANK", 0)) == 0:
+        if first or isinstance(error, OSError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
     except RuntimeError as error:
-        if not re.search(r"timed? ?out|connection (closed|reset)", str(error), re.I):
+        why = (str(error).splitlines() or [""])[0]
+        if re.search(r"timed? ?out|connection (closed|reset)", str(error), re.I):
+            what = "another process died or hangs"
+        elif "DataLoader worker" in str(error):
+            what = "a process that decodes clips died (out of memory?)"
+        else:
             raise
-        print(
-            f"error: another process died or hangs: {str(error).splitlines()[0]}", file=sys.stderr, flush=True
-        )
+        print(f"error: {what}: {why}", file=sys.stderr, flush=True)
         os._exit(3)  # leaving the group in order would wait for it
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,130 @@
+"""What a run writes down while it learns: log.jsonl and samples.jsonl, and the same for those who watch.
+
+A rising reward proves nothing: beside it stand `official` (right by the benchmarks' own rule), `hedged` (more
+than one choice named) and the held-out score, and when reward and score part, the log says so in words.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from files import parse_json, read_text
+
+log = logging.getLogger("omni_r1")
+
+WINDOW = 20  # steps of a moving average
+DRIFT = 0.10  # by how much reward and official score may part
+
+
+class Journal:
+    """One row a step, each step once, and one a held-out score. TensorBoard and wandb where they are there."""
+
+    def __init__(self, out: Path, step: int, settings: dict, wandb_project: str = ""):
+        self.path = out / "log.jsonl"
+        self.rows = read_log(self.path)
+        self.log = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (held for the life of the run)
+        self.samples = open(out / "samples.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.warned = False
+        self.board = tensorboard(out, step)
+        self.wandb = start_wandb(wandb_project, out, settings)
+
+    def write(self, row: dict) -> None:
+        self.log.write(json.dumps(row) + "\n")
+        self.log.flush()
+        self.rows.append(row)
+        scalars = {name: value for name, value in row.items() if name != "step"}
+        if self.board is not None:
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, row["step"])
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=row["step"])
+        if not self.warned and drift(self.rows) > DRIFT:
+            self.warned = True
+            log.warning("step %d: %s", row["step"], drift_in_words(self.rows))
+
+    def show(self, samples: list[dict]) -> None:
+        """Questions of the step with what was said, as they stand in samples.jsonl."""
+        for sample in samples:
+            self.samples.write(json.dumps(sample) + "\n")
+        self.samples.flush()
+        if self.wandb is not None and samples:
+            columns = list(samples[0])
+            table = self.wandb.Table(columns=columns)
+            for sample in samples:
+                table.add_data(*[str(sample[name]) for name in columns])
+            self.wandb.log({"samples": table}, step=samples[0]["step"])
+
+    def close(self) -> None:
+        self.log.close()
+        self.samples.close()
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def read_log(path: Path) -> list[dict]:
+    """The whole rows of a log.jsonl; half a row, which a kill can leave behind, is none."""
+    rows = []
+    if not path.exists():
+        return rows
+    for line in read_text(path).split("\n"):
+        try:
+            row = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def drift(rows: list[dict]) -> float:
+    """By how much the reward has run away from the official score: their distance now, less that at first.
+
+    Averages over the last 20 steps and over the first 10; 0 before there are 20. Only the growth counts, so
+    that a reward of another scale is no alarm by itself.
+    """
+    gaps = []
+    for row in rows:
+        if "official" in row:
+            gaps.append(row["reward"] - row["official"])
+    if len(gaps) < WINDOW:
+        return 0.0
+    return mean(gaps[-WINDOW:]) - mean(gaps[: WINDOW // 2])
+
+
+def drift_in_words(rows: list[dict]) -> str:
+    """What a person should know when reward and official score part."""
+    last = [row for row in rows if "official" in row][-WINDOW:]
+    reward = mean([row["reward"] for row in last])
+    official = mean([row["official"] for row in last])
+    hedged = mean([row["hedged"] for row in last])
+    return (
+        f"reward and score part: over the last {WINDOW} steps the reward is {reward:.2f}, but the benchmarks' "
+        f"rule finds {official:.2f} of the answers right, and {hedged:.2f} of them name several choices. The "
+        "model may be learning to please the reward; look at samples.jsonl"
+    )
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def tensorboard(out: Path, step: int) -> Any:
+    """A writer of TensorBoard's events that forgets later steps, which will come again; None without it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out), purge_step=step + 1)
+
+
+def start_wandb(project: str, out: Path, settings: dict) -> Any:
+    """The wandb module with a run started, which a resumed run goes on with; None without a project."""
+    if not project:
+        return None
+    import wandb
+
+    wandb.init(project=project, name=out.name, id=out.name, resume="allow", config=settings)
+    return wandb
