@@ -1,22 +1,40 @@
-"""Prediction files -> accuracies with 95 % intervals, the paper's Tables I-IV, a page to look at and hear.
+"""A folder of runs -> the paper's Tables I-IV with our numbers in them, learning curves, a page to look at.
 
-    python evaluate.py --report results       (writes results/report.md, curves.svg and report.html)
+    python evaluate.py --report results            (writes results/report.md and results/report.html)
 
-Run folders are results/NAME, predictions results/NAME/eval/BENCH.AUDIO.json, logs results/NAME/log.jsonl.
-Every number carries an interval: the published differences are often within the noise of 1,000 questions.
+A run is a folder results/NAME with log.jsonl, samples.jsonl and predictions eval/BENCH.AUDIO.json, each with
+its .meta. What the page looks like is in report.html alone, a template that opens by itself with sample
+data, which is replaced here.
 """
 
-import html
 import json
-import math
+import logging
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
-from data import read_questions
-from files import InputError, write_text
-from reward import string_match
+from data import Question, read_rows
+from files import InputError, parse_json, read_text, write_text
+from scores import (  # noqa: F401 (as evaluate.py calls them)
+    Accuracy,
+    Scores,
+    answers,
+    compare,
+    correct,
+    groups_of,
+    percent,
+    read_predictions,
+    score_questions,
+    summary_lines,
+)
+
+log = logging.getLogger("omni_r1")
 
 # model | method | our run that fills the row, or - | the paper's numbers, column by column
 PAPER = {
@@ -27,9 +45,9 @@ Phi-4 Multi-Modal | Direct Inference [14] | phi-4-multimodal | 61.0 52.9 52.8 55
 GPT-4o Voice Model | Direct Inference [15] | gpt-4o-audio | 63.4 60.8 53.2 59.1 - - - -
 Qwen2-Audio-7B-Instruct | Direct Inference [8] | - | 55.0 51.0 42.0 49.2 45.9 53.3 45.9 52.5
 Qwen2-Audio-7B-Instruct | Reproduced [8] | base-qwen2audio | 61.6 54.5 42.0 52.7 - - - -
-Qwen2-Audio-7B-Instruct | Zero-Shot-CoT [16] | - | 61.9 56.3 55.3 57.8 - - - -
+Qwen2-Audio-7B-Instruct | Zero-Shot-CoT [16] | base-qwen2audio-think | 61.9 56.3 55.3 57.8 - - - -
 Qwen2-Audio-7B-Instruct | CoTA [11] | - | 60.1 64.3 60.7 61.7 - - - -
-Qwen2-Audio-7B-Instruct | R1-AQA [7] | qwen2audio-avqa | 68.8 64.3 63.7 65.6 69.8 61.4 62.7 64.4
+Qwen2-Audio-7B-Instruct | R1-AQA [7] | qwen2audio-r1aqa | 68.8 64.3 63.7 65.6 69.8 61.4 62.7 64.4
 Kimi-Audio | Direct Inference [17] | kimi-audio | 73.3 61.7 60.7 65.2 - - - -
 Qwen2.5-Omni-7B | Direct Inference [2] | - | 67.9 69.2 59.8 65.6 - - - -
 Qwen2.5-Omni-7B | Reproduced | base-omni | 69.4 66.8 61.6 65.9 71.6 67.1 66.5 68.4
@@ -62,333 +80,321 @@ Qwen2.5-Omni | AVQA, with audio | omni-avqa | 68.6 51.7
 Qwen2.5-Omni | AVQA, without audio | omni-avqa-noaudio | 65.6 49.2
 Qwen2.5-Omni | ARC-Easy, without audio | omni-arc | 68.2 51.7""",
 }
+# Rows that the paper does not have: tables | model | method | our run
+MORE = """
+I III | Qwen2-Audio-7B-Instruct | AVQA | qwen2audio-avqa
+III | Qwen2-Audio-7B-Instruct | Zero-Shot-CoT | base-qwen2audio-think
+III | Qwen2-Audio-7B-Instruct | R1-AQA | qwen2audio-r1aqa
+I II III | Qwen2.5-Omni-7B | Zero-Shot-CoT | base-omni-think
+I II III IV | Qwen2.5-Omni-7B | Omni-R1 (AVQA), LoRA | omni-avqa-lora
+I II III IV | Qwen2.5-Omni-7B | Omni-R1 (AudioMCQ) | omni-audiomcq"""
 KINDS = ["sound", "music", "speech"]
 MIXES = ["mix-sound-music", "mix-sound-speech", "mix-music-speech", "mix-sound-music-speech"]
 COLUMNS = {  # table -> (title, (benchmark, audio at inference, group) of each column)
-    "I": ("MMAU (original)", [(b, "real", g) for b in ("mmau-mini", "mmau-full") for g in [*KINDS, "all"]]),
-    "II": (
-        "MMAU (v05.15.25)",
-        [(b, "real", g) for b in ("mmau-mini-v2", "mmau-full-v2") for g in [*KINDS, "all"]],
-    ),
-    "III": ("MMAR", [("mmar", "real", group) for group in [*KINDS, *MIXES, "all"]]),
+    "I": ("MMAU (original)", list(product(["mmau-mini", "mmau-full"], ["real"], [*KINDS, "all"]))),
+    "II": ("MMAU (v05.15.25)", list(product(["mmau-mini-v2", "mmau-full-v2"], ["real"], [*KINDS, "all"]))),
+    "III": ("MMAR", list(product(["mmar"], ["real"], [*KINDS, *MIXES, "all"]))),
     "IV": (
         "Fine-tuning with and without audio, MMAU test-mini",
-        [("mmau-mini", a, "all") for a in ("real", "none")],
+        list(product(["mmau-mini"], ["real", "none"], ["all"])),
     ),
 }
+CURVES = ["step", "reward", "official", "hedged", "named_none", "kl", "entropy", "completion_length"]
+CURVES += ["eval_accuracy", "eval_low", "eval_high"]
+SAMPLES = 200  # of a run on the page, evenly over its steps
+LONGEST_ANSWER = 500  # characters of each answer on the page: its end, where <answer> stands
+TEMPLATE = Path(__file__).with_name("report.html")
+SLOT = '<script type="application/json" id="data">'
+CARD_MARK = "<!-- scores -->"  # in a model card: here come the run's scores
 
 
-def paper_rows(table):
-    """-> [(model, method, run or None, [numbers or None])]."""
+def paper_rows(table: str) -> Iterator[tuple[str, str, str | None, list[float | None]]]:
+    """(model, method, our run that fills the row or None, the paper's numbers or None) of each row."""
     for line in PAPER[table].strip().splitlines():
         model, method, run, numbers = line.split(" | ")
-        yield (
-            model,
-            method,
-            None if run == "-" else run,
-            [None if n == "-" else float(n) for n in numbers.split()],
-        )
+        published = [None if number == "-" else float(number) for number in numbers.split()]
+        yield model, method, None if run == "-" else run, published
 
 
-# ------------------------------------------------------------------------------------------------- intervals
+# ------------------------------------------------------------------------------------------- a folder of runs
 
 
-def wilson(right, total, z=1.959964):
-    """Wilson's 95 % interval of a share. (A percentile bootstrap of 11 questions covers 68 %.)"""
-    if not total:
-        return 0.0, 1.0
-    p, spread = right / total, z * z / total
-    middle, half = p + spread / 2, z * math.sqrt(p * (1 - p) / total + spread / (4 * total))
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+@dataclass(frozen=True)
+class Result:
+    """A predictions file that evaluate.py wrote."""
+
+    run: str
+    bench: str
+    audio: str  # what was heard: real, none, silence, swap
+    path: Path
+    questions: list[Question]
+    scores: Scores
+    status: str  # why there are no scores; "" where there are
 
 
-def bootstrap(values, repeats=2000, seed=0):
-    """95 % percentile interval of the mean of (n,) values, one a question, over resampled questions."""
-    values, rng = np.asarray(values, float), np.random.default_rng(seed)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(repeats)]
-    return tuple(np.percentile(means, [2.5, 97.5]))
+def find_results(folder: Path) -> list[Result]:
+    """RUN/eval/BENCH.AUDIO.json, or any other name, which is then the run's; told by the .meta beside it.
 
-
-def mcnemar(better, worse):
-    """Exact two-sided p-value that a change which mended `better` and broke `worse` answers is by chance."""
-    n, k = better + worse, min(better, worse)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-
-
-# --------------------------------------------------------------------------------------------------- scoring
-
-
-def prediction(question):
-    row = question.meta["source"]
-    said = row.get("answer_prediction", row.get("model_prediction", row.get("model_output")))
-    return said if isinstance(said, str) else ""
-
-
-def correct(question):
-    """Share of the orders in which the question was answered right, by the official rule; 0 or 1 for one order."""
-    said = question.meta["source"].get("order_predictions") or [prediction(question)]
-    return sum(string_match(question.answer, text, question.choices) for text in said) / len(said)
-
-
-def read_predictions(path):
-    """Predictions -> questions with the answers given in their rows. Raises InputError if there are none."""
-    questions = read_questions(path)
-    keys = questions[0].meta["source"].keys()
-    if not keys & {"answer_prediction", "model_prediction", "model_output"}:
-        raise InputError(f"{path} holds questions without predictions: give what evaluate.py --out wrote")
-    return questions
-
-
-def score(path):
-    """{(what, group): (accuracy, low, high, questions)} of a predictions file; ("all", "all"): the average.
-
-    Grouped by task (MMAU) or modality (MMAR), difficulty, category and sub-category. Wilson's interval, or a
-    bootstrap over questions where they were asked in several orders. InputError if the answers are hidden.
+    A name that is taken (a/p.json, b/p.json) gives way to the whole path: no prediction hides another.
     """
-    questions = read_predictions(path)
-    if any(question.answer is None for question in questions):
-        raise InputError(f"{path} holds no right answers (test-full): send it to the benchmark's server")
-    groups = {}
-    for question in questions:
-        row, value = question.meta["source"], correct(question)
-        for what in ("task", "modality", "difficulty", "category", "sub-category"):
-            if isinstance(row.get(what), str):
-                groups.setdefault((what, row[what]), []).append(value)
-        groups.setdefault(("all", "all"), []).append(value)
-    several = any(len(q.meta["source"].get("order_predictions") or []) > 1 for q in questions)
-    summary = {}
-    for group, values in groups.items():
-        interval = bootstrap(values) if several else wilson(sum(values), len(values))
-        summary[group] = (sum(values) / len(values), *interval, len(values))
-    return summary
-
-
-def percent(share, low, high, count=None):
-    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]" + (f"  n = {count}" if count else "")
-
-
-def summary_lines(path):
-    """What `score` found, as text; and how many questions got no answer, which count as wrong."""
-    questions, lines = read_predictions(path), []
-    for (what, group), numbers in sorted(
-        score(path).items(), key=lambda item: (item[0][0] != "all", item[0])
-    ):
-        lines.append(f"{what + ': ' + group if what != 'all' else 'average':45} {percent(*numbers)}")
-    orders = [row for q in questions if len(row := q.meta["source"].get("order_predictions") or []) > 1]
-    if orders:
-        same = sum(len(set(said)) == 1 for said in orders)
-        lines.append(
-            f"answered the same way in all orders: {percent(same / len(orders), *wilson(same, len(orders)))}"
-        )
-    empty = sum(not prediction(question) for question in questions)
-    return lines + ([f"{empty} of {len(questions)} answers are empty, counted as wrong"] if empty else [])
-
-
-def compare(first, second):
-    """The paired difference of two predictions files of one benchmark, as text."""
-    a, b = ({q.id: q for q in read_predictions(path)} for path in (first, second))
-    if a.keys() != b.keys():
-        raise InputError(
-            f"{first} and {second} are not of the same questions ({len(a.keys() ^ b.keys())} differ)"
-        )
-    if any(q.answer is None for q in a.values()):
-        raise InputError(f"{first} holds no right answers, so there is nothing to compare")
-    before, after = (np.array([correct(side[key]) for key in a]) for side in (a, b))
-    difference, interval = after - before, bootstrap(after - before)
-    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
-    return (
-        f"{100 * before.mean():.1f} -> {100 * after.mean():.1f}, difference {percent(difference.mean(), *interval)}; "
-        f"{better} better, {worse} worse of {len(a)}, McNemar p = {mcnemar(better, worse):.3g}"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- tables
-
-
-def find_predictions(folder):
-    """{(run, bench, audio): path} of what evaluate.py wrote under `folder`: RUN/eval/BENCH.AUDIO.json, or any
-    name, which is then the run's.
-    """
-    found = {}
-    for meta in sorted(Path(folder).rglob("*.meta")):
-        path, about = meta.with_suffix(".json"), json.loads(meta.read_text())
-        bench, audio, run = about["bench"], about["audio"], path.stem
+    results = []
+    taken = set()
+    for meta in sorted(folder.rglob("*.meta"), key=lambda path: (len(path.parts), path)):
+        about = read_about(meta)
+        path = meta.with_suffix(".json")
+        if not path.is_file():
+            path = meta.with_suffix("")  # predictions of another ending: P.txt and P.txt.meta
+        if not about or not path.is_file():
+            log.warning("left out: %s is not of a finished evaluation", meta)
+            continue
+        audio = about["audio"]
+        bench = about["bench"]
+        run = path.stem
         if path.parent.name == "eval":
-            run, bench = path.parent.parent.name, path.stem.rpartition(".")[0] or bench
-        if path.exists():
-            found[run, bench, audio] = path
-    return found
-
-
-def scores(found):
-    """{(run, bench, audio, group): numbers}; "hidden" in place of numbers where the answers are hidden."""
-    cells = {}
-    for key, path in found.items():
+            run = path.parent.parent.name
+            bench = path.stem.rpartition(".")[0] or bench
+        if (run, bench, audio) in taken:
+            run = str(path.relative_to(folder).with_suffix(""))
+        taken.add((run, bench, audio))
+        status = ""
+        questions = []
         try:
-            for (what, group), numbers in score(path).items():
-                if what in ("all", "task", "modality"):
-                    cells[(*key, group)] = numbers
-        except InputError:
-            cells[(*key, "all")] = "hidden"
-    return cells
+            questions = read_predictions(path, about["audio_dir"])
+        except InputError as error:
+            status = "cannot be read"
+            log.warning("no score: %s", error)
+        scores = score_questions(questions)
+        if questions and not scores:
+            status = "sent to the server"  # MMAU's test-full hides its answers
+        results.append(Result(run, bench, audio, path, questions, scores, status))
+    return results
 
 
-def table_markdown(table, cells):
-    """One table: our number with its interval beside the paper's; what was not run is left open."""
-    title, columns = COLUMNS[table]
-    names = [f"{bench} {group}" if table != "IV" else {"real": "with audio", "none": "without"}[audio]
-             for bench, audio, group in columns]  # fmt: skip
-    lines = [f"### Table {table}: {title}", "", "| model | method | " + " | ".join(names) + " |"]
-    lines.append("|---" * (len(columns) + 2) + "|")
-    for model, method, run, numbers in paper_rows(table):
-        row = []
-        for column, number in zip(columns, numbers, strict=True):
-            ours = cells.get((run, *column))
-            ours = "sent to the server" if ours == "hidden" else f"**{percent(*ours[:3])}**" if ours else ""
-            row.append(f"{ours} ({'-' if number is None else number})".strip())
-        lines.append(f"| {model} | {method} | " + " | ".join(row) + " |")
+def read_about(meta: Path) -> dict[str, str]:
+    """What evaluate.py noted beside its predictions, {} if it did not write the file."""
+    try:
+        about = parse_json(read_text(meta))
+        folder = about["audio_dir"] or os.path.dirname(about["data"])  # as read_questions looks for clips
+        return {"bench": str(about["bench"]), "audio": str(about["audio"]), "audio_dir": str(folder)}
+    except (InputError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, [] if there is no file; a row cut off by a kill is skipped."""
+    if not path.is_file():
+        return []
+    try:
+        rows, _ = read_rows(path)
+    except InputError as error:
+        log.warning("left out: %s", error)
+        return []
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def find_runs(folder: Path) -> dict[str, Path]:
+    """{run: its folder} of each that train.py wrote a log or samples to."""
+    runs = {}
+    for place in [folder, *sorted(folder.glob("*/"))]:
+        if (place / "log.jsonl").is_file() or (place / "samples.jsonl").is_file():
+            runs[place.name] = place
+    return runs
+
+
+def read_log(run: Path) -> list[dict[str, float]]:
+    """What is drawn of the rows of the steps, and of the rows with held-out scores between them."""
+    rows = []
+    for row in json_lines(run / "log.jsonl"):
+        drawn = {}
+        for key in CURVES:
+            value = row.get(key)
+            if isinstance(value, int | float) and abs(value) < 1e300:
+                drawn[key] = value
+        if "step" in drawn:
+            rows.append(drawn)
+    return rows
+
+
+def read_samples(run: Path, folder: Path) -> list[dict[str, Any]]:
+    """Some of a run's samples, as train.py wrote them but for their clips' addresses."""
+    rows = json_lines(run / "samples.jsonl")
+    places = np.linspace(0, len(rows) - 1, min(len(rows), SAMPLES))
+    samples = []
+    for place in places.astype(int):
+        row = rows[place]
+        samples.append({**row, "audio": clip_link(row.get("audio"), folder)})
+    return samples
+
+
+def clip_link(path: Any, folder: Path) -> str | None:
+    """A clip's address from the page, percent-encoded: its name may hold #, ? or bytes that are not UTF-8."""
+    try:
+        return quote(os.fsencode(os.path.relpath(path, folder)))
+    except (TypeError, ValueError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------- what is drawn
+
+
+def paper_tables(results: list[Result]) -> list[dict[str, Any]]:
+    """Tables I-IV as {"title", "columns", "rows"}. A cell is a text, or [ours, the paper's number or None].
+
+    Ours is an Accuracy, a text that says why there is none, or None for what was not run.
+    """
+    ours: dict[tuple, Accuracy | str] = {}
+    for result in results:
+        place = (result.run, result.bench, result.audio)
+        ours[(*place, "all")] = result.status
+        for (column, group), numbers in result.scores.items():
+            if column in ("all", "task", "modality"):
+                ours[(*place, group)] = numbers
+    tables = []
+    for name, (title, columns) in COLUMNS.items():
+        rows = list(paper_rows(name))
+        for line in MORE.strip().splitlines():
+            names, model, method, run = line.split(" | ")
+            if name in names.split():
+                rows.append((model, f"{method} (not in the paper)", run, [None] * len(columns)))
+        heads = [f"{bench} {group}" for bench, _, group in columns]
+        if name == "IV":
+            heads = ["with audio", "without audio"]
+        drawn = []
+        for model, method, run, published in rows:
+            cells = [model, method]
+            for column, number in zip(columns, published, strict=True):
+                cells.append([ours.get((run, *column)), number])
+            drawn.append(cells)
+        tables.append(
+            {"title": f"Table {name}: {title}", "columns": ["model", "method", *heads], "rows": drawn}
+        )
+    return tables
+
+
+def results_table(results: list[Result]) -> dict[str, Any]:
+    rows = []
+    for result in results:
+        average = result.scores.get(("all", "all"), result.status)
+        empty = sum(not answers(question)[0] for question in result.questions)
+        rows.append([result.run, result.bench, result.audio, [average, None], str(empty)])
+    heads = ["run", "benchmark", "audio", "average", "without an answer"]
+    return {"title": "All runs", "columns": heads, "rows": rows}
+
+
+def curves_table(logs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Means of each run's first and last 20 steps (or quarter); its first and last held-out score."""
+    averaged = {"reward": 20, "official": 20, "hedged": 20, "kl": 20, "eval_accuracy": 1}
+    rows = []
+    for run, steps in logs.items():
+        cells = [run]
+        for key, count in averaged.items():
+            values = [row[key] for row in steps if key in row]
+            cells.append("")
+            count = min(count, (len(values) + 3) // 4)
+            if values:
+                cells[-1] = f"{np.mean(values[:count]):.3f} → {np.mean(values[-count:]):.3f}"
+        rows.append(cells)
+    return {"title": "Learning: first → last 20 steps", "columns": ["run", *averaged], "rows": rows}
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """A table as above in Markdown. A name that would break out of its cell, or is not UTF-8, cannot."""
+    columns = table["columns"]
+    lines = []
+    for cells in [columns, ["---"] * len(columns), *table["rows"]]:
+        texts = []
+        for cell in cells:
+            if isinstance(cell, list):
+                cell = cell_text(*cell)
+            texts.append(cell.replace("\n", " ").replace("|", "\\|"))
+        lines.append(f"| {' | '.join(texts)} |".encode("utf-8", "replace").decode())
     return "\n".join(lines)
 
 
-def tables_markdown(folder):
-    found = find_predictions(folder)
-    cells = scores(found)
-    parts = ["# Results", "Ours with its 95 % interval in bold, the paper's in parentheses. Empty: not run."]
-    parts += [table_markdown(table, cells) for table in PAPER]
-    lines = ["### All runs", "", "| run | benchmark | audio | average |", "|---|---|---|---|"]
-    for run, bench, audio in found:
-        numbers = cells[run, bench, audio, "all"]
-        lines.append(
-            f"| {run} | {bench} | {audio} | {numbers if numbers == 'hidden' else percent(*numbers)} |"
-        )
-    return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
+def cell_text(ours: Accuracy | str | None, published: float | None) -> str:
+    text = ours or ""
+    if isinstance(ours, tuple):
+        text = f"**{percent(*ours[:3])}**"
+    if published is not None:
+        text += f" ({published})"
+    return text.strip()
 
 
-# -------------------------------------------------------------------------------------------- learning curves
-
-COLORS = ["#0b6", "#06c", "#c60", "#a0a", "#c33", "#555", "#099", "#960"]
-
-
-def curves_svg(folder, keys=("reward", "kl"), width=520, height=220):
-    """Learning curves of every log.jsonl under `folder`, one panel a key, averaged over 1/20 of the run."""
-    logs = {
-        p.parent.name: [json.loads(r) for r in p.read_text().splitlines()]
-        for p in sorted(Path(folder).glob("*/log.jsonl"))
-    }
-    logs = {name: rows for name, rows in logs.items() if rows}
-    parts = []
-    for panel, key in enumerate(keys):
-        series = {}
-        for name, rows in logs.items():
-            values, window = [row[key] for row in rows], max(1, len(rows) // 20)
-            series[name] = [
-                (rows[i]["step"], np.mean(values[max(0, i - window + 1) : i + 1])) for i in range(len(rows))
-            ]
-        right = max((points[-1][0] for points in series.values()), default=1)
-        top = max((y for points in series.values() for _, y in points), default=1) or 1
-        parts.append(f'<text x="{panel * width + 45}" y="16">{key} (0 to {top:.3g}) by step (1 to {right})</text>'
-                     f'<rect x="{panel * width + 40}" y="24" width="{width - 60}" height="{height - 40}" fill="none" stroke="#999"/>')  # fmt: skip
-        for color, points in zip(COLORS * 9, series.values(), strict=False):
-            line = " ".join(f"{panel * width + 40 + x / right * (width - 60):.1f},{height - 16 - y / top * (height - 40):.1f}"
-                            for x, y in points)  # fmt: skip
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5"/>')
-    for i, (color, name) in enumerate(zip(COLORS * 9, logs, strict=False)):
-        parts.append(
-            f'<text x="{40 + i % 4 * 250}" y="{height + 14 + i // 4 * 18}" fill="{color}">{html.escape(name)}</text>'
-        )
-    size = f'width="{width * len(keys)}" height="{height + 24 + len(logs) // 4 * 18}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">'
-        + "".join(parts)
-        + "</svg>"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- page
-
-PAGE = """<!doctype html><meta charset="utf-8"><title>Omni-R1: results</title><style>
-body{font:15px/1.45 system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;font-size:12px;display:block;overflow-x:auto}td,th{border:1px solid #ccc;padding:3px 6px}
-.q{border-top:1px solid #ddd;padding:.7em 0}.right{color:#070}.wrong{color:#b00}li.answer{font-weight:600}
-ul{margin:.2em 0}audio{height:32px;display:block}svg{max-width:100%;height:auto}</style>
-TABLES<h3>Learning curves</h3>CURVES<h3>Questions</h3><p>benchmark <select id="bench"></select> task <select id="task"></select>
-before <select id="before"></select> after <select id="after"></select> show <select id="show"><option value="">all</option>
-<option>right, right</option><option>wrong, right</option><option>right, wrong</option><option>wrong, wrong</option></select>
-<input id="text" placeholder="words in the question"> <span id="count"></span></p><div id="list"></div>
-<script type="application/json" id="data">DATA</script><script>
-const data=JSON.parse(document.getElementById('data').textContent), by=id=>document.getElementById(id);
-const fill=(id,values,first)=>{by(id).replaceChildren(...(first?[new Option(first,'')]:[]),...values.map(v=>new Option(v,v)))};
-fill('bench',Object.keys(data));
-function bench(){const b=data[by('bench').value];if(!b)return;fill('task',[...new Set(b.questions.map(q=>q.task))],'all');
-fill('before',b.runs);fill('after',b.runs);by('after').selectedIndex=b.runs.length>1?1:0;show()}
-function add(parent,tag,text,kind){const e=document.createElement(tag);e.textContent=text;if(kind)e.className=kind;parent.append(e);return e}
-function show(){const b=data[by('bench').value],i=b.runs.indexOf(by('before').value),j=b.runs.indexOf(by('after').value);
-const word=x=>x===1?'right':'wrong',words=by('text').value.toLowerCase();
-const hits=b.questions.filter(q=>(!by('task').value||q.task===by('task').value)&&q.question.toLowerCase().includes(words)&&
-(!by('show').value||by('show').value===word(q.correct[i])+', '+word(q.correct[j])));
-by('count').textContent=hits.length+' of '+b.questions.length+(hits.length>100?', the first 100 shown':'');
-by('list').replaceChildren(...hits.slice(0,100).map(q=>{const d=document.createElement('div');d.className='q';
-add(d,'b',q.id+': '+q.question);if(q.audio){const a=add(d,'audio','');a.controls=true;a.preload='none';a.src=q.audio}
-const u=add(d,'ul','');q.choices.forEach(c=>add(u,'li',c,c===q.answer?'answer':''));
-b.runs.forEach((r,k)=>add(d,'div',r+': '+q.said[k],word(q.correct[k])));return d}))}
-for(const id of ['task','before','after','show'])by(id).onchange=show;by('bench').onchange=bench;by('text').oninput=show;bench();
-</script>"""
-
-
-def page_data(folder, found):
-    """{"BENCH, audio A": {runs, questions}}: each question with every run's answer, clips relative to `folder`."""
-    pages = {}
-    for (run, bench, audio), path in found.items():
-        meta = path.with_suffix(".meta")
-        clips = json.loads(meta.read_text()).get("audio_dir") if meta.exists() else None
-        page = pages.setdefault(f"{bench}, audio {audio}", {"runs": [], "by_id": {}})
-        page["runs"].append(run)
-        for q in read_questions(path, clips):
-            row = page["by_id"].setdefault(q.id, {"id": q.id, "question": q.question, "choices": q.choices, "answer": q.answer,
-                                                  "said": {}, "correct": {}})  # fmt: skip
-            row["task"] = str(q.meta["source"].get("task") or q.meta["source"].get("modality") or "")
-            row["audio"] = Path(os.path.relpath(q.audio, folder)).as_posix() if audio == "real" else None
-            row["said"][run] = prediction(q)
-            row["correct"][run] = correct(q) if q.answer is not None else 0
+def question_pages(results: list[Result], folder: Path) -> dict[str, Any]:
+    """{benchmark: {"runs", "questions"}}: each question once, with what each run said."""
+    pages: dict[str, Any] = {}
+    for result in results:
+        page = pages.setdefault(result.bench, {"runs": [], "questions": {}})
+        column = len(page["runs"])
+        page["runs"].append(f"{result.run}, audio {result.audio}")
+        for question in result.questions:
+            key = (question.id, question.question, question.choices)
+            row = page["questions"].setdefault(key, {"audio": None, "said": {}, "right": {}})
+            row["id"], row["question"], row["choices"] = key
+            row["answer"] = question.answer
+            row["groups"] = [": ".join(group) for group in groups_of(question)[1:]]
+            said = question.meta["source"].get("raw_output", answers(question)[0])
+            row["said"][column] = str(said)[-LONGEST_ANSWER:]
+            if question.answer is not None:
+                row["right"][column] = correct(question)
+            if result.audio == "real":
+                row["audio"] = clip_link(question.audio, folder)
     for page in pages.values():
-        page["questions"] = list(page.pop("by_id").values())
-        for row in page["questions"]:
-            for key, missing in (("said", ""), ("correct", 0)):
-                row[key] = [row[key].get(run, missing) for run in page["runs"]]
+        page["questions"] = list(page["questions"].values())
     return pages
 
 
-def markdown_html(text):
-    """The little Markdown that tables_markdown writes -> HTML."""
-    out = []
-    for block in html.escape(text, quote=False).split("\n\n"):
-        if block.startswith("|"):
-            rows = [
-                line.strip("|").split("|")
-                for line in block.strip().splitlines()
-                if not line.startswith("|---")
-            ]
-            out.append(
-                "<table>"
-                + "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
-                + "</table>"
-            )
-        else:
-            level = len(block) - len(block.lstrip("#"))
-            out.append(f"<h{level}>{block[level:]}</h{level}>" if level else f"<p>{block}</p>")
-    bold = "".join(out).split("**")
-    return "".join(part + ("<b>" if i % 2 == 0 else "</b>") for i, part in enumerate(bold[:-1])) + bold[-1]
+def fill_cards(results: list[Result]) -> None:
+    """Each run's scores into its model/README.md, after the mark, in place of the table that stood there."""
+    cards: dict[Path, list[Result]] = {}
+    for result in results:
+        card = result.path.parent.parent / "model" / "README.md"
+        if result.path.parent.name == "eval" and card.is_file():
+            cards.setdefault(card, []).append(result)
+    for card, own in cards.items():
+        head, mark, rest = read_text(card).partition(CARD_MARK)
+        lines = rest.split("\n")
+        while lines and (not lines[0] or lines[0].startswith("|")):
+            lines.pop(0)
+        if mark:
+            write_text(card, "\n".join([head + mark, "", markdown(results_table(own)), "", *lines]))
 
 
-def report(folder):
-    """Write report.md, curves.svg and report.html (self-contained, works from disk) into `folder`."""
-    folder, found = Path(folder), find_predictions(folder)
-    if not found:
-        raise InputError(f"{folder} has no predictions that evaluate.py wrote (with their .meta file)")
-    tables, curves = tables_markdown(folder), curves_svg(folder)
-    write_text(folder / "report.md", f"{tables}\n![learning curves](curves.svg)\n")
-    write_text(folder / "curves.svg", curves)
-    data = json.dumps(page_data(folder, found)).replace("<", "\\u003c")  # a question may say </script>
-    page = PAGE.replace("TABLES", markdown_html(tables)).replace("CURVES", curves).replace("DATA", data)
-    write_text(folder / "report.html", page)
-    return tables
+def page(data: dict[str, Any]) -> str:
+    """report.html with `data` in the place of its sample; no text of it can end the script element."""
+    before, slot, rest = read_text(TEMPLATE).partition(SLOT)
+    _, end, after = rest.partition("</script>")
+    if not end:
+        raise InputError(f"{TEMPLATE} has lost its slot for the data: {SLOT}…</script>")
+    finite = parse_json(json.dumps(data))  # a sample's 1e999 is None then: infinity is no JSON
+    text = json.dumps(finite, separators=(",", ":"))  # in ASCII: U+2028 and half characters are escaped already
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return before + slot + text + end + after
+
+
+def report(folder: Path | str) -> str:
+    """Write report.md and report.html into `folder`, scores into model cards. Returns report.md's text."""
+    folder = Path(os.path.abspath(folder))
+    results = find_results(folder)
+    runs = find_runs(folder)
+    if not results and not runs:
+        raise InputError(
+            f"{folder} has no log, and no predictions that evaluate.py wrote (with their .meta file)"
+        )
+    logs = {run: read_log(path) for run, path in runs.items()}
+    tables = [*paper_tables(results), results_table(results), curves_table(logs)]
+    text = "# Results\n\nOurs in bold with its 95 % interval, the paper's in parentheses.\n"
+    for table in tables:
+        text += f"\n### {table['title']}\n\n{markdown(table)}\n"
+    data = {"tables": tables, "logs": logs, "questions": question_pages(results, folder)}
+    data["samples"] = {run: read_samples(path, folder) for run, path in runs.items()}
+    data["results"] = []
+    for result in results:
+        scores = [[*group, *numbers] for group, numbers in result.scores.items()]
+        about = {"run": result.run, "bench": result.bench, "audio": result.audio, "status": result.status}
+        data["results"].append({**about, "scores": scores})
+    write_text(folder / "report.md", text)
+    write_text(folder / "report.html", page(data))
+    fill_cards(results)
+    return text
