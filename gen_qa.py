@@ -1,32 +1,37 @@
 """Captions -> ChatGPT -> four-choice questions (Section III-C, Fig. 1): AVQA-GPT and VGGS-GPT.
 
-    python gen_qa.py --captions captions.csv --out Q.jsonl --dry_run       (clips, tokens, price, one prompt)
-    OPENAI_API_KEY=... python gen_qa.py --captions captions.csv --ids train_qa.json --out Q.jsonl
-    python gen_qa.py --captions captions.csv --out Q.jsonl --sample 5      (to read some, with their captions)
+    python gen_qa.py --captions A.csv B.csv --out Q.jsonl --dry_run       (clips, tokens, price, one prompt)
+    OPENAI_API_KEY=... python gen_qa.py --captions A.csv B.csv --ids train_qa.json --out Q.jsonl
+    python gen_qa.py --captions A.csv B.csv --out Q.jsonl --sample 5      (to read some, with their captions)
 
-Raw HTTP to an OpenAI-compatible endpoint, a connection per worker. Each finished question is a line of
-Q.jsonl in AVQA's format, which train.py reads as it is; killed at any moment, the same command goes on. A
-clip whose answers stay unusable after five askings is a line of Q.rejected.jsonl, with the reason.
+Each finished question is a line of Q.jsonl in AVQA's format, which train.py reads as it is; killed at any
+moment, the same command goes on. A clip whose answers stay unusable after five askings, or that the server
+refuses, is a line of Q.rejected.jsonl, with the reason.
 """
 
 import argparse
 import ast
 import collections
-import contextlib
-import csv
+import concurrent.futures
+import errno
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 import sys
-import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from captions import Captions, as_object, one_line
 from chat import ChatClient, Refused, Unreachable
-from files import InputError, parse_json, read_text, write_text
+from files import InputError, one_writer, parse_json, read_text, write_text
 
 PROMPT = """\
 You are given information about acoustic events in an audio as answers to following questions:
@@ -51,111 +56,35 @@ output: {"question_text": "What is the source of the sound in the video?","multi
 """  # Fig. 1, word for word
 
 
-def prompt_for(texts):
+def prompt_for(texts: list[str]) -> str:
     """Fig. 1 followed by this clip's four captions (A1 overall, A2 sounds, A3 speech, A4 music)."""
-    return PROMPT + "E2. input:\n" + "".join(f"A{i}: {t}\n" for i, t in enumerate(texts, 1)) + "output:"
+    captions = [f"A{i}: {text}\n" for i, text in enumerate(texts, 1)]
+    return PROMPT + "E2. input:\n" + "".join(captions) + "output:"
 
 
-def table_rows(path):
-    """The rows of a CSV or JSON-lines file as dicts, one at a time: the tables have 100,000s of rows."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            first = file.read(1)
-            file.seek(0)
-            if first == "{":
-                yield from (row for line in file if isinstance(row := row_or_none(line), dict))
-            else:
-                yield from csv.DictReader(file)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as a CSV or JSON-lines table: {error}") from None
+# --------------------------------------------------------------------------------------------------- answers
 
 
-def row_or_none(line):
-    with contextlib.suppress(ValueError):
-        return parse_json(line)
+def read_json(text: str) -> Any:
+    return json.JSONDecoder().raw_decode(text)[0]  # the first value; whatever follows it
 
 
-def find_columns(path):
-    """The columns of id, overall caption, sounds, speech and music, found by what the first rows hold.
-
-    An answer may follow its question, a column that never changes and tells what the answer is about.
-    """
-    rows = list(itertools.islice(table_rows(path), 200))
-    names = [name for name in (rows[0] if rows else {}) if isinstance(rows[0][name], str)]
-    if {"id", "caption", "sound", "speech", "music"} <= set(names):
-        return "id", "caption", "sound", "speech", "music"
-    values = {name: [str(row.get(name) or "") for row in rows] for name in names}
-
-    def share(name, pattern):
-        return sum(bool(re.search(pattern, value, re.I)) for value in values[name]) / len(rows)
-
-    ids = [name for name in names if share(name, r"^\S+_\d+(_\d+)?(\.\w+)?$") > 0.9]
-    same = [name for name in names if len(rows) > 1 and len(set(values[name])) == 1]
-    questions = [name for name in same if share(name, r"\?$|describe|give")]
-    texts = [n for n in names if n not in ids + questions and share(n, r"\w+\W+\w+\W+\w+") > 0.5]
-    asked = {b: values[a][0].lower() for a, b in itertools.pairwise(names) if a in questions and b in texts}
-
-    def about(pattern):
-        fit = {n: (bool(re.search(pattern, asked.get(n, ""))), share(n, pattern)) for n in texts}
-        best = max(fit, key=fit.get, default=None)
-        if best is None or max(fit[best]) <= 0.5:
-            raise InputError(f"{path}: no column of captions about {pattern!r} among {names}")
-        return texts.pop(texts.index(best))
-
-    music, speech = about("music"), about("speech|speak|voice")
-    texts.sort(key=lambda n: (n in asked, "caption" not in n.lower()))  # the overall caption comes first
-    if not ids or len(texts) < 2:
-        raise InputError(
-            f"{path}: need columns of id, overall caption, sounds, speech and music among {names}"
-        )
-    return ids[0], texts[0], texts[1], speech, music
+def read_loose_json(text: str) -> Any:
+    return read_json(re.sub(r",\s*([}\]])", r"\1", text))
 
 
-def same_clip(name):
-    """The names of one clip as one: a YouTube id of 11 characters and a start second, whatever follows."""
-    name = re.sub(r"\.(wav|flac|mp3|ogg|mp4)$", "", name)
-    match = re.fullmatch(r"(.{11})_(\d+)(_\d+)?", name)
-    return f"{match[1]}_{int(match[2])}" if match else name
+def read_python(text: str) -> Any:
+    return ast.literal_eval(text[: text.find("}") + 1])
 
 
-def wanted_clips(path):
-    """--ids: AVQA's questions, VGGSound's list (its train rows) or names, one a line -> {same_clip: name}."""
-    text = read_text(path)
-    if text.lstrip().startswith(("[", "{")):
-        found = re.findall(r'"(?:video_name|id)"\s*:\s*"([^"]+)"', text)
-    else:
-        rows = [row for row in csv.reader(text.splitlines()) if row and row[3:4] != ["test"]]
-        found = [f"{r[0]}_{int(r[1]):06d}" if r[1:] and r[1].isdigit() else r[0] for r in rows]
-    if not found:
-        raise InputError(f"{path}: no clip names found")
-    return {same_clip(name): name for name in found}
-
-
-def read_captions(path, ids=None):
-    """(clip's name, [A1, A2, A3, A4]) one at a time, each name once; those of `ids` only."""
-    key, *columns = find_columns(path)
-    wanted, seen = wanted_clips(ids) if ids else None, set()
-    for row in table_rows(path):
-        texts = [" ".join(str(row.get(column) or "").split()) for column in columns]
-        name = str(row.get(key) or "").strip()
-        if wanted is not None:
-            name = wanted.get(same_clip(name), "")
-        if name and texts[0] and name not in seen:
-            seen.add(name)
-            yield name, texts
-
-
-def parse_answer(text):
+def parse_answer(text: str) -> dict:
     """The question in an answer as models write it: after output:, fenced, single-quoted, extra commas."""
     text = text[:20_000]
-    for start in [m.start() for m in re.finditer(r"\{", text)][:20]:
-        piece = text[start : text.rfind("}") + 1]
-        tidy = re.sub(r",\s*([}\]])", r"\1", piece)
-        literal = piece[: piece.find("}") + 1]
-        decode = json.JSONDecoder().raw_decode  # -> (value, where it ends)
-        for read, source in ((decode, piece), (decode, tidy), (ast.literal_eval, literal)):
+    for start in itertools.islice(re.finditer(r"\{", text), 20):
+        piece = text[start.start() :]
+        for read in (read_json, read_loose_json, read_python):
             try:
-                row = read(source)[0] if read == decode else read(source)
+                row = read(piece)
             except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
                 continue
             if isinstance(row, dict) and "multi_choice" in row:
@@ -163,163 +92,305 @@ def parse_answer(text):
     raise ValueError("no question in the answer")
 
 
-def checked(row, texts, no_false_music=False):
+def usable(row: dict, texts: list[str], no_false_music: bool = False) -> tuple[str, list[str]]:
     """(question, choices with the right one first) of a parsed answer, or ValueError with what is wrong."""
-    question, choices, answer = row.get("question_text"), row.get("multi_choice"), row.get("answer")
+    question = row.get("question_text")
+    answer = row.get("answer")
+    choices = row["multi_choice"]
     if not isinstance(question, str) or not question.strip():
         raise ValueError("no question_text")
-    choices = choices if isinstance(choices, list) else []
-    choices = [" ".join(choice.split()) if isinstance(choice, str) else "" for choice in choices]
-    if len(choices) != 4 or not all(choices) or len({choice.casefold() for choice in choices}) != 4:
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError("choices are not a list of texts")
+    choices = [one_line(choice) for choice in choices]
+    different = {choice.casefold() for choice in choices}
+    if len(choices) != 4 or len(different) != 4 or "" in different:
         raise ValueError("not four different choices")
-    if isinstance(answer, str):  # "2", or the choice itself
-        answer = choices.index(answer) if answer in choices else int(answer)
+    if isinstance(answer, str) and answer in choices:
+        answer = choices.index(answer)
+    elif isinstance(answer, str):
+        answer = int(answer)
     if type(answer) is not int or not 0 <= answer < 4:
         raise ValueError("answer is no index of a choice")
     silent = re.search(r"\bno\b[^.]*\bmusic", texts[3], re.I)
     if no_false_music and silent and re.search(r"\b(music|song|melod|instrument)", question, re.I):
         raise ValueError("asks about music where the captions say that there is none")
-    return " ".join(question.split()), [choices[answer], *choices[:answer], *choices[answer + 1 :]]
+    right = choices.pop(answer)
+    return one_line(question), [right, *choices]
 
 
-def question_row(name, question, choices, seed):
+def question_row(name: str, question: str, choices: list[str], seed: int) -> dict:
     """AVQA's row. The right answer's place follows from clip and seed: 25 % each, on any machine."""
+    right, *others = choices
     place = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") % 4
-    choices = [*choices[1 : place + 1], choices[0], *choices[place + 1 :]]
-    row = {"id": name, "video_name": name, "question_text": question, "multi_choice": choices}
-    return row | {"answer": place, "question_type": "Generated"}
+    others.insert(place, right)
+    return {
+        "id": name,
+        "video_name": name,
+        "question_text": question,
+        "multi_choice": others,
+        "answer": place,
+        "question_type": "Generated",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- ledger
+
+DONE_KEYS = ("id", "video_name", "question_text", "multi_choice", "answer", "question_type")
+REJECTED_KEYS = ("id", "reason", "answer")
+FRUITLESS = 100  # clips without one question: the model cannot do it, and each has five askings to pay
+
+
+@dataclass
+class Outcome:
+    """What came of one clip: "done", "rejected", "refused" or "unreached"; the row to write; tokens spent."""
+
+    kind: str
+    row: dict
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+def own_rows(path: Path, keys: tuple[str, ...]) -> Iterator[dict]:
+    """The rows that this program wrote, without the half row that a kill may have left at the end.
+
+    Raises InputError for any other file.
+    """
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            row = as_object(line.decode("utf-8", "replace"))
+            if row and set(keys) <= set(row) and row.get("question_type") in (None, "Generated"):
+                yield row
+            elif line.endswith(b"\n") or not is_half_row(line, keys):
+                raise InputError(f"{path}, line {number}: not one of our rows; move the file away")
+
+
+def is_half_row(line: bytes, keys: tuple[str, ...]) -> bool:
+    """Whether a line begins as our rows do, up to the second key."""
+    text = line.decode("utf-8", "ignore")
+    name = text[len('{"id": "') :].split('"')[0]
+    beginning = f'{{"id": "{name}", "{keys[1]}": '
+    return beginning.startswith(text[: len(beginning)])
+
+
+def mend_end(path: Path) -> None:
+    """Make ready to append: a half last row is cut off, a whole one gets its line end. For own_rows only."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        whole = 0
+        line = b"\n"
+        for line in file:
+            whole += len(line) * line.endswith(b"\n")
+        if line.endswith(b"\n"):
+            return
+        if as_object(line.decode("utf-8", "replace")):
+            file.write(b"\n")
+        else:
+            file.truncate(whole)
 
 
 class Ledger:
     """Q.jsonl, Q.rejected.jsonl and Q.summary.json: what is finished, and what it took."""
 
-    def __init__(self, args):
-        self.out, self.prices = args.out, (args.price_in, args.price_out)
-        self.rejected, self.summary = map(args.out.with_suffix, (".rejected.jsonl", ".summary.json"))
-        self.places, self.count = collections.Counter(), collections.Counter()
-        before = {"tokens": [0, 0], "retries": 0, "price": 0.0}
-        before |= json.loads(self.summary.read_text()) if self.summary.exists() else {}
-        self.tokens, self.retries, self.price = before["tokens"], before["retries"], before["price"]
-        self.finished = {"done": self.read(self.out), "rejected": self.read(self.rejected)}
+    def __init__(self, args: argparse.Namespace):
+        self.out = args.out
+        self.rejected = args.out.with_suffix(".rejected.jsonl")
+        self.summary = args.out.with_suffix(".summary.json")
+        self.prices = (args.price_in, args.price_out)  # of a million tokens
+        self.done_ids = set()
+        self.rejected_ids = set()
+        self.places = [0, 0, 0, 0]
+        self.count = collections.Counter()  # of this start, by kind
+        self.failed_in_a_row = 0  # clips that the server failed on
+        self.reason = ""  # why the last clip without a question has none
+        self.refused = []  # outcomes held back until the server has answered something: see `settle`
+        for row in own_rows(self.out, DONE_KEYS):
+            self.done_ids.add(row["id"])
+            if row["answer"] in range(4):
+                self.places[row["answer"]] += 1
+        for row in own_rows(self.rejected, REJECTED_KEYS):
+            self.rejected_ids.add(row["id"])
+        self.tokens_in = self.tokens_out = self.retries = 0
+        if self.summary.exists():
+            try:
+                before = parse_json(read_text(self.summary))
+                self.tokens_in, self.tokens_out = map(int, before["tokens"])
+                self.retries = int(before["retries"])
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{self.summary} is damaged or not ours: move it away") from None
 
-    def read(self, path):
-        """The ids in a JSON-lines file. A half-written last line, left by a kill, is cut off."""
-        ids, good = set(), 0
-        if not path.exists():
-            return ids
-        with open(path, "rb+") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                if not isinstance(row := row_or_none(line), dict) or "id" not in row:
-                    raise InputError(f"{path}, line {number}: not one of our rows; move the file away")
-                ids.add(row["id"])
-                self.places[row.get("answer")] += 1
-                good += len(line)
-            file.truncate(good)
-        return ids
+    @property
+    def price(self) -> float:
+        return round((self.tokens_in * self.prices[0] + self.tokens_out * self.prices[1]) / 1e6, 4)
 
-    def has(self, name):
-        return any(name in ids for ids in self.finished.values())
+    def has(self, name: str) -> bool:
+        return name in self.done_ids or name in self.rejected_ids
 
-    def write(self, outcome, row, tokens):
-        """Append the row in one write, so that a kill cuts at most this line."""
-        with open(self.out if outcome == "done" else self.rejected, "ab", buffering=0) as file:
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
-        self.places[row["answer"]] += 1
-        self.count[outcome] += 1
-        self.tokens = [a + b for a, b in zip(self.tokens, tokens, strict=True)]
-        self.price = round((self.tokens[0] * self.prices[0] + self.tokens[1] * self.prices[1]) / 1e6, 4)
+    def total_done(self) -> int:
+        return len(self.done_ids) + self.count["done"]
 
-    def state(self, client):
+    def record(self, outcome: Outcome) -> None:
+        self.count[outcome.kind] += 1
+        self.tokens_in += outcome.tokens_in
+        self.tokens_out += outcome.tokens_out
+        self.reason = outcome.row.get("reason", self.reason)
+        self.failed_in_a_row += 1
+        if outcome.kind != "unreached":
+            self.failed_in_a_row = 0
+        if outcome.kind == "done":
+            append(self.out, outcome.row)
+            self.places[outcome.row["answer"]] += 1
+            self.settle()
+        elif outcome.kind == "rejected":
+            append(self.rejected, outcome.row)
+        elif outcome.kind == "refused":
+            self.refused.append(outcome.row)
+
+    def settle(self) -> None:
+        """Write refused clips down as rejected. Not before the server has answered anything: if it refuses
+        all that it is asked, they are not to blame, and the next start asks for them again."""
+        for row in self.refused:
+            append(self.rejected, row)
+        self.count["rejected"] += len(self.refused)
+        self.refused.clear()
+
+    def state(self, client: ChatClient) -> dict:
         """Totals so far, also written to the summary file."""
-        done, rejected = (len(self.finished[k]) + self.count[k] for k in ("done", "rejected"))
-        row = {"done": done, "rejected": rejected, "unreached": self.count["unreached"]}
-        row |= {"retries": self.retries + client.retries, "tokens": self.tokens, "price": self.price}
-        row["answer_places"] = [self.places[i] for i in range(4)]
+        row = {
+            "done": self.total_done(),
+            "rejected": len(self.rejected_ids) + self.count["rejected"],
+            "unreached": self.count["unreached"],
+            "retries": self.retries + client.retries,
+            "tokens": [self.tokens_in, self.tokens_out],
+            "price": self.price,
+            "answer_places": self.places,
+        }
         write_text(self.summary, json.dumps(row, indent=1))
         return row
 
 
-def keep_shortest(path, count):
+def append(path: Path, row: dict) -> None:
+    """Append the row in one write, so that a kill cuts at most this line."""
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        if file.write(line) < len(line):
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, f"no space left for {path}")
+
+
+def keep_shortest(path: Path, count: int) -> None:
     """Section III-C's filter by length: the `count` shortest questions with choices, in a file beside."""
-    with open(path, encoding="utf-8") as file:
-        rows = sorted(
-            (len("".join([r["question_text"], *r["multi_choice"]])), r["id"]) for r in map(json.loads, file)
-        )
-    kept, target = {name for _, name in rows[:count]}, path.with_suffix(".shortest.jsonl")
-    with open(path, encoding="utf-8") as file:
-        write_text(target, "".join(line for line in file if json.loads(line)["id"] in kept))
-    print(f"{target}: the {len(kept)} shortest of {len(rows)}, up to {rows[:count][-1][0]} characters")
+    lengths = []
+    for row in own_rows(path, DONE_KEYS):
+        words = [row["question_text"], *row["multi_choice"]]
+        lengths.append((len("".join(words)), row["id"]))
+    lengths.sort()
+    kept = {name for _, name in lengths[:count]}
+    target = path.with_suffix(".shortest.jsonl")
+    lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in own_rows(path, DONE_KEYS) if r["id"] in kept]
+    write_text(target, "".join(lines))
+    longest = lengths[len(kept) - 1][0]
+    print(f"{target}: the {len(kept)} shortest of {len(lengths)}, up to {longest} characters")
 
 
-def print_samples(args):
+def print_samples(args: argparse.Namespace, captions: Captions) -> None:
     """--sample: questions for a person to read, with the captions they come from."""
-    rows = [json.loads(line) for line in read_text(args.out).splitlines()]
+    rows = list(own_rows(args.out, DONE_KEYS))
     rows = random.Random(args.seed).sample(rows, min(args.sample, len(rows)))
     chosen = {row["id"]: row for row in rows}
-    for name, texts in read_captions(args.captions, args.ids):
-        if row := chosen.get(name):
-            print(f"\n{name}", *(f"A{i}: {text}" for i, text in enumerate(texts, 1)), sep="\n  ")
-            marked = (f"{'*' if i == row['answer'] else ' '} {c}" for i, c in enumerate(row["multi_choice"]))
-            print("", row["question_text"], *marked, sep="\n  ")
+    for name, texts in captions:
+        if name in chosen:
+            row = chosen[name]
+            print(f"\n{name}")
+            for i, text in enumerate(texts, 1):
+                print(f"  A{i}: {text}")
+            print(f"\n  {row['question_text']}")
+            for i, choice in enumerate(row["multi_choice"]):
+                print("  " + " *"[i == row["answer"]] + f" {choice}")
 
 
-def ask(client, name, texts, args):
-    """One clip -> ("done", its question) or ("rejected", why and the raw answer), and the tokens spent."""
-    spent, raw, reason = [0, 0], "", ""
+# ------------------------------------------------------------------------------------------------------- run
+
+
+def ask(client: ChatClient, name: str, texts: list[str], args: argparse.Namespace) -> Outcome:
+    """Ask for one clip's question. Raises InputError and Unreachable where no further clip needs asking."""
+    row = {"id": name, "reason": "", "answer": ""}
+    outcome = Outcome("rejected", row)
+    message = {"role": "user", "content": prompt_for(texts)}
     for _ in range(5):  # an unusable answer is asked for 4 more times
         try:
-            raw, tokens = client.complete([{"role": "user", "content": prompt_for(texts)}])
-            spent = [a + b for a, b in zip(spent, tokens, strict=True)]
-            question, choices = checked(parse_answer(raw), texts, args.no_false_music)
-            return "done", question_row(name, question, choices, args.seed), spent
-        except (ValueError, Refused) as error:
-            reason = str(error)
-    return "rejected", {"id": name, "reason": reason, "answer": raw}, spent
+            text, usage = client.complete([message], max_tokens=args.max_tokens)
+            outcome.tokens_in += usage["prompt_tokens"]
+            outcome.tokens_out += usage["completion_tokens"]
+            row["answer"] = text[:20_000]
+            question, choices = usable(parse_answer(text), texts, args.no_false_music)
+            outcome.row = question_row(name, question, choices, args.seed)
+            outcome.kind = "done"
+            return outcome
+        except ValueError as error:
+            row["reason"] = str(error)
+        except Refused as error:
+            row["reason"] = str(error)
+            outcome.kind = "refused"
+            return outcome
+        except Unreachable as error:
+            if client.stop.is_set():
+                raise
+            row["reason"] = str(error)
+            outcome.kind = "unreached"
+            return outcome
+    return outcome
 
 
-def work(todo, client, args, ledger, bar, lock, failures):
-    """One worker: take the next clip, ask, write it down; until none is left or something stops the run."""
-    while not client.stop.is_set():
-        with lock:
-            if (clip := next(todo, None)) is None:
-                return
+def ask_all(clips: Iterator, client: ChatClient, args: argparse.Namespace, ledger: Ledger, bar: tqdm) -> None:
+    """Ask for every clip; the main thread records what comes. Raises what ends the run, answers recorded."""
+    running = set()  # twice as many as there are workers: none has to wait, and few clips are in memory
+    with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
         try:
-            outcome, row, tokens = ask(client, *clip, args)
-            with lock:
-                ledger.write(outcome, row, tokens)
-                bar.update()
+            while True:
+                for name, texts in itertools.islice(clips, 2 * args.workers - len(running)):
+                    running.add(pool.submit(ask, client, name, texts, args))
+                if not running:
+                    return
+                finished = concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done
+                for future in finished:
+                    running.remove(future)
+                    ledger.record(future.result())
+                    bar.update()
+                    if bar.n % 200 == 0:
+                        ledger.state(client)
                 counts = {"rejected": ledger.count["rejected"], "retries": client.retries}
-                bar.set_postfix(counts, tokens=sum(ledger.tokens), price=ledger.price, refresh=False)
-                if bar.n % 200 == 0:
-                    ledger.state(client)
-                failures["in a row"] = 0
-        except Unreachable as error:  # left for the next start; every worker in turn: the server is gone
-            with lock:
-                ledger.count["unreached"] += 1
-                failures["in a row"] += 1
-            if failures["in a row"] >= args.workers:
-                failures.setdefault("fatal", str(error))
-                client.stop.set()
-        except Exception as error:  # a thread's own traceback would be lost among the others'
-            failures.setdefault(
-                "fatal", str(error) if isinstance(error, InputError) else f"{clip[0]}: {error!r}"
-            )
+                bar.set_postfix(counts, price=ledger.price, refresh=False)
+                if ledger.failed_in_a_row >= args.workers:  # every worker in turn: the server is gone
+                    raise Unreachable(ledger.reason)
+                if ledger.count["rejected"] >= FRUITLESS and not ledger.total_done():
+                    raise InputError(f"{FRUITLESS} clips and no question: {ledger.reason}")
+        finally:
             client.stop.set()
+            for future in running:
+                if future.exception() is None:
+                    ledger.record(future.result())
 
 
-def estimate(args, ledger):
+def estimate(args: argparse.Namespace, captions: Captions, ledger: Ledger) -> tuple[int, int, list[str]]:
     """Say how many clips and tokens, and what price. Returns (clips, clips left, an example's captions)."""
-    total, left, characters, example = 0, 0, 0, None
-    for name, texts in read_captions(args.captions, args.ids):
-        total, example, new = total + 1, example or texts, not ledger.has(name)
-        left, characters = left + new, characters + len(prompt_for(texts)) * new
+    total = left = characters = 0
+    example = []
+    for name, texts in captions:
+        total += 1
+        example = example or texts
+        if not ledger.has(name):
+            left += 1
+            characters += len(prompt_for(texts))
+    captions.print_left_out()
     if not total:
-        raise InputError(
-            f"{args.captions}: no captions" + (f" of the clips in {args.ids}" if args.ids else "")
-        )
-    tokens, answers = characters / 4.2, left * 60
+        of = f" of the clips in {args.ids}" * bool(args.ids)
+        raise InputError(f"{captions.names}: no captions{of}")
+    tokens = characters / 4.2
+    answers = left * 60
     price = (tokens * args.price_in + answers * args.price_out) / 1e6
     print(
         f"{total:,} clips, {left:,} to ask: about {tokens:,.0f} tokens in, {answers:,} out, price {price:.2f}"
@@ -327,72 +398,97 @@ def estimate(args, ledger):
     return total, left, example
 
 
-def generate(args):
-    """Ask for every clip that has no question yet. Returns the exit code."""
-    if args.workers < 1 or args.keep_shortest < 0:
-        raise InputError("--workers must be at least 1, --keep_shortest at least 0")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    ledger, lock, failures = Ledger(args), threading.Lock(), {"in a row": 0}
-    if args.sample:
-        return print_samples(args)
-    if args.retry_rejected and not args.dry_run:
-        ledger.rejected.unlink(missing_ok=True)
-        ledger.finished["rejected"] = set()
-    total, left, example = estimate(args, ledger)
-    if args.dry_run:
-        return print(f"\n{prompt_for(example)}")
+def generate(args: argparse.Namespace, captions: Captions) -> None:
+    """Ask for every clip that has no question yet."""
     client = ChatClient(args.url, args.model, args.tries, args.timeout)
-    todo = (clip for clip in read_captions(args.captions, args.ids) if not ledger.has(clip[0]))
-    bar = tqdm(total=total, initial=total - left, unit="clip", dynamic_ncols=True)
-    common = (todo, client, args, ledger, bar, lock, failures)
-    workers = [threading.Thread(target=work, args=common, daemon=True) for _ in range(args.workers)]
+    ledger = Ledger(args)
+    mend_end(ledger.out)
+    mend_end(ledger.rejected)
+    if args.retry_rejected:
+        ledger.rejected.unlink(missing_ok=True)
+        ledger.rejected_ids.clear()
+    total, left, _ = estimate(args, captions, ledger)
+    clips = (clip for clip in captions if not ledger.has(clip[0]))
     try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    except KeyboardInterrupt:
-        failures["fatal"] = "interrupted; the same command goes on from there"
-        client.stop.set()
-    bar.close()
-    print(json.dumps(ledger.state(client)))
-    if "fatal" in failures or ledger.count["unreached"]:
-        raise InputError(failures.get("fatal", "some clips were not reached; start again to ask for them"))
-    if args.keep_shortest and args.out.exists():
+        with tqdm(total=total, initial=total - left, unit="clip", dynamic_ncols=True) as bar:
+            ask_all(clips, client, args, ledger, bar)
+        if ledger.total_done():
+            ledger.settle()
+    finally:
+        print(json.dumps(ledger.state(client)))
+    if ledger.count["unreached"]:
+        raise InputError("some clips were not reached; start again to ask for them")
+    if not ledger.total_done():
+        raise InputError(f"no question came out of {total:,} clips, of the last because: {ledger.reason}")
+    if args.keep_shortest:
         keep_shortest(args.out, args.keep_shortest)
 
 
-OPTIONS = {  # name: (default, help)
-    "ids": (None, "keep the clips of this list: AVQA's questions, VGGSound's CSV, or names, one a line"),
-    "url": ("https://api.openai.com/v1/chat/completions", "chat completions endpoint"),
-    "model": ("gpt-4o-mini", "the endpoint's name of the model"),
-    "workers": (16, "requests at a time"),
-    "tries": (12, "times a failed request is sent again"),
-    "timeout": (60.0, "seconds to wait for a reply"),
-    "seed": (0, "of the right answers' places and of --sample"),
-    "price_in": (0.15, "price of a million input tokens"),
-    "price_out": (0.60, "price of a million output tokens"),
-    "dry_run": (False, "print clips, tokens, price and one full prompt, and stop"),
-    "sample": (0, "print so many finished questions with their captions, and stop"),
-    "keep_shortest": (0, "at the end, write the N shortest to OUT.shortest.jsonl (the paper: 54000)"),
-    "retry_rejected": (False, "ask again for what was rejected before"),
-    "no_false_music": (False, "no question about music where A4 says that there is none"),
-}
+def check_options(args: argparse.Namespace) -> None:
+    """Raises InputError for a number that no run can be made with."""
+    bounds = {
+        "workers": (1, 1000),
+        "tries": (0, 100),
+        "timeout": (0.01, 86_400),
+        "max_tokens": (1, 1_000_000),
+    }
+    bounds["price_in"] = bounds["price_out"] = (0, 1e9)
+    bounds["seed"] = bounds["sample"] = bounds["keep_shortest"] = (0, 2**63)
+    for name, (least, most) in bounds.items():
+        value = getattr(args, name)
+        if math.isnan(value) or not least <= value <= most:
+            raise InputError(f"--{name} {value}: must be {least:,} to {most:,}")
+    if not args.out.name or args.out.is_dir():
+        raise InputError(f"--out {args.out}: must be a file's name, such as questions.jsonl")
 
 
-def main():
+def parse_args() -> argparse.Namespace:
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape, allow_abbrev=False)
-    parser.add_argument("--captions", required=True, help="AudioSetCaps table: CSV or JSON lines")
-    parser.add_argument("--out", required=True, type=Path, help="questions in AVQA's format; may exist")
-    for name, (default, text) in OPTIONS.items():
-        kind = {"type": str if default is None else type(default), "default": default}
-        kind = {"action": "store_true"} if default is False else kind
-        parser.add_argument(f"--{name}", help=f"{text} (default: {default})", **kind)
+    add = parser.add_argument
+    add("--captions", required=True, nargs="+", type=Path, help="CSV or JSON tables, joined by id")
+    add("--out", required=True, type=Path, help="questions in AVQA's format; may exist")
+    add("--ids", help="only the clips of this list: AVQA's questions, VGGSound's CSV, or names, one a line")
+    add("--url", default="https://api.openai.com/v1/chat/completions", help="endpoint (default: %(default)s)")
+    add("--model", default="gpt-4o-mini", help="the endpoint's name of the model (default: %(default)s)")
+    add("--max_tokens", type=int, default=512, help="longest answer; one has 60 (default: %(default)s)")
+    add("--workers", type=int, default=16, help="requests at a time (default: %(default)s)")
+    add("--tries", type=int, default=12, help="times a failed request is sent again (default: %(default)s)")
+    add("--timeout", type=float, default=60.0, help="seconds for a whole request (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the answers' places and of --sample (default: %(default)s)")
+    add("--price_in", type=float, default=0.15, help="of a million input tokens (default: %(default)s)")
+    add("--price_out", type=float, default=0.60, help="of a million output tokens (default: %(default)s)")
+    add("--dry_run", action="store_true", help="print clips, price and one full prompt; write nothing")
+    add("--sample", type=int, default=0, metavar="N", help="print N finished questions; write nothing")
+    add(
+        "--keep_shortest", type=int, default=0, metavar="N", help="write the N shortest to OUT.shortest.jsonl"
+    )
+    add("--retry_rejected", action="store_true", help="ask again for what was rejected before")
+    add("--no_false_music", action="store_true", help="no question about music where A4 says there is none")
+    return parser.parse_args()
+
+
+def main() -> None:
+    warnings.simplefilter("ignore", SyntaxWarning)  # of Python literals in answers
+    sys.stdout.reconfigure(errors="replace")
+    args = parse_args()
     try:
-        generate(parser.parse_args())
-    except (InputError, OSError) as error:
+        check_options(args)
+        captions = Captions(args.captions, args.ids)
+        if args.sample:
+            print_samples(args, captions)
+        elif args.dry_run:
+            example = estimate(args, captions, Ledger(args))[2]
+            print(f"\n{prompt_for(example)}")
+        else:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            with one_writer(f"{args.out}.lock"):
+                generate(args, captions)
+    except (InputError, Unreachable, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from there", file=sys.stderr)
         sys.exit(2)
 
 

@@ -7,57 +7,39 @@ answers a question about audio (evaluate.py --url) with one of its choices. It c
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import random
 import re
 import socket
 import struct
+import threading
 import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
-WORDS = [
-    "dog",
-    "bird",
-    "frog",
-    "cow",
-    "engine",
-    "drill",
-    "clock",
-    "siren",
-    "rain",
-    "wind",
-    "thunder",
-    "waves",
-]
-WORDS += [
-    "drum",
-    "flute",
-    "violin",
-    "guitar",
-    "piano",
-    "trumpet",
-    "man",
-    "woman",
-    "child",
-    "robot",
-    "crowd",
-    "singer",
-]
+WORDS = ["dog", "bird", "frog", "cow", "engine", "drill", "clock", "siren", "rain", "wind", "thunder"]
+WORDS += ["waves", "drum", "flute", "violin", "guitar", "piano", "trumpet", "man", "woman", "child"]
+WORDS += ["robot", "crowd", "singer"]
 
 
-def draw(text, count):
+def draw(text: str, count: int) -> int:
     """A number below `count` that the text decides."""
-    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % count
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return int(digest, 16) % count
 
 
-def question_about(prompt):
+def question_about(prompt: str) -> str:
     """The clip's captions -> the text of an answer, the same every time."""
     captions = prompt.rsplit("input:", 1)[1]
     named = re.search(r"sound of an? (\w+)", captions) or re.search(r"A2:\W*(?:The |A |An )?(\w+)", captions)
     right = named[1].lower()
-    others = sorted((w for w in WORDS if w != right), key=lambda w: draw(captions + w, 2**60))[:3]
+    others = [word for word in WORDS if word != right]
+    others.sort(key=lambda word: draw(captions + word, 2**60))
+    others = others[:3]
     row = {"question_text": "What can be heard in the video?", "multi_choice": [right, *others], "answer": 0}
     text = json.dumps(row)
     styles = [
@@ -67,17 +49,19 @@ def question_about(prompt):
         text.replace("]", ",]").replace("}", ", }"),
         f"output:\n{text}\n",
     ]
-    return "I am sorry." if "never answered" in captions else styles[draw(captions, len(styles))]
+    if "never answered" in captions:
+        return "I am sorry."
+    return styles[draw(captions, len(styles))]
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
-    def log_message(self, *args):
+    def log_message(self, *args: Any) -> None:
         pass
 
-    def do_POST(self):
+    def do_POST(self) -> None:
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.requests.append((time.monotonic(), self.headers.get("Authorization"), body))
@@ -87,20 +71,25 @@ class Handler(BaseHTTPRequestHandler):
         if server.random.random() < server.fail:
             return self.misbehave(server.random.choice(server.ways))
         content = body["messages"][-1]["content"]
+        tokens = len(json.dumps(content)) // 4
         if isinstance(content, str):
             text = question_about(content)
         else:  # a question about audio: one of the choices that it lists
             asked = next(part["text"] for part in content if part["type"] == "text")
             choices = re.findall(r"'([^']*)'", asked.split("options:")[1])
             text = choices[draw(asked, len(choices))]
-        self.reply(200, self.completion(text))
+            if not server.hears:
+                tokens = len(asked) // 4
+        self.reply(200, self.completion(text, tokens))
 
-    def completion(self, text):
-        usage = {"prompt_tokens": 400, "completion_tokens": 50}
+    def completion(self, text: str, tokens: int = 400) -> dict:
+        usage = {"prompt_tokens": tokens, "completion_tokens": 50}
         return {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}
 
-    def reply(self, status, body, headers=None):
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    def reply(self, status: int, body: bytes | dict, headers: dict | None = None) -> None:
+        data = body
+        if not isinstance(body, bytes):
+            data = json.dumps(body).encode()
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -108,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def misbehave(self, way):
+    def misbehave(self, way: str) -> None:
         if way == "pause":
             self.reply(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.05"})
         elif way == "busy":
@@ -133,27 +122,71 @@ class Handler(BaseHTTPRequestHandler):
         elif way == "hang":
             time.sleep(1.0)
             self.close_connection = True
+        elif way in ("drip header", "drip body"):  # a byte now and then, for ever
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            if way == "drip body":
+                self.end_headers()
+            else:
+                self.send_header("X-Slow", "")
+                self.flush_headers()
+            while True:
+                self.wfile.write(b" ")
+                time.sleep(0.05)
 
 
 class ChatServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port=0, latency=0.0, fail=0.0, seed=0, always=None):
+    def __init__(
+        self,
+        port: int = 0,
+        latency: float = 0.0,
+        fail: float = 0.0,
+        seed: int = 0,
+        always: tuple | None = None,
+        hears: bool = True,
+    ):
+        """`latency` in seconds; `fail` is the share of requests that fail, each in one of `ways`; `always` =
+        (status, body, headers) is the answer to all; one that does not hear counts no tokens for audio."""
         super().__init__(("127.0.0.1", port), Handler)
-        self.latency, self.fail, self.always, self.random = latency, fail, always, random.Random(seed)
+        self.hears = hears
+        self.latency = latency
+        self.fail = fail
+        self.always = always
+        self.random = random.Random(seed)
         self.ways = ["pause", "busy", "error", "truncated", "cut", "reset", "hang"]
         self.requests = []
         self.url = f"http://127.0.0.1:{self.server_port}/v1/chat/completions"
 
-    def handle_error(self, request, client_address):
+    def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a client that was killed
 
 
+@contextlib.contextmanager
+def serving() -> Iterator[Callable[..., ChatServer]]:
+    """A function: its options -> a running ChatServer. All of them end with the block."""
+    servers = []
+
+    def start(**options: Any) -> ChatServer:
+        server = ChatServer(**options)
+        servers.append(server)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        return server
+
+    try:
+        yield start
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--port_file", required=True, help="file to write the URL to, once it listens")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds (default: 0)")
     parser.add_argument("--fail", type=float, default=0.0, help="share of requests that fail (default: 0)")
