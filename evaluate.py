@@ -5,9 +5,9 @@
     python evaluate.py --url http://host/v1/chat/completions --model NAME --data F --audio_dir D --out P.json
     python evaluate.py --score P.json | --compare A.json B.json | --report results
 
-Interrupted, the same command goes on with what is not answered yet. Batches are formed from the whole sorted
-list before any work, so that neither this nor the number of processes can change an answer; P.meta records
-the batch size, which in bfloat16 can. A clip that cannot be read is named, unanswered, and counted as wrong.
+Interrupted, the same command goes on with what is not answered yet, and later with the questions that could
+not be answered (P.meta lists them). Batches are formed from the whole sorted list before any work, so that
+neither this nor the number of processes can change an answer; their size, which in bfloat16 can, is recorded.
 """
 
 import argparse
@@ -16,10 +16,15 @@ import io
 import json
 import logging
 import os
+import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import soundfile
@@ -28,179 +33,360 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import fsdp
+import predictions
 from chat import ChatClient, Refused, Unreachable
-from data import check_clip, load_audio, prompt_text, read_questions, read_rows
-from files import InputError, parse_json, write_text
-from model import load_model
+from data import PROMPTS, Question, check_clips, load_audio, prompt_text, read_questions
+from files import InputError, one_writer, write_text
+from model import AudioLM, Prompt, PromptEncoder, load_model
+from predictions import Answers, Key, Row
 from report import compare, report, summary_lines
-from reward import string_match
-from weights import start_processes
+from reward import final_answer, string_match
+from weights import find_model
 
 log = logging.getLogger("omni_r1")
 
-RECORDED = ["model", "url", "data", "audio_dir", "audio", "orders", "batch_size", "max_new_tokens", "dtype"]
-RECORDED += ["seed"]  # in P.meta: what the predictions depend on
+# In P.meta, beside fingerprints of the model and the questions: what the predictions depend on.
+RECORDED = "model adapter url data audio_dir audio prompt orders batch_size max_new_tokens dtype seed"
+KEPT = "what was answered is kept, the same command goes on"
 
 
-class Jobs:
-    """A Dataset of batches: every question in every order, sorted by length and cut into batches.
+# ---------------------------------------------------------------------------------------------- what is asked
 
-    Item b is [((question's number, order), the question as asked, its Prompt, why there is none), ...], or
-    with the samples that are heard in place of the Prompt where no `prompts` encode it.
+
+@dataclass(frozen=True)
+class Asked:
+    """One question in one order of its choices, and what is heard with it."""
+
+    key: Key
+    question: Question
+    clip: str | None  # None: nothing is to be heard
+    found: str | float | None  # the clip's seconds, or why it cannot be read
+
+    @property
+    def problem(self) -> str | None:
+        if isinstance(self.found, str):
+            return f"{self.clip}: {self.found}"
+        return None
+
+    @property
+    def length(self) -> int:
+        """About the prompt's tokens: 25 a second, one for 4 letters."""
+        tokens = len(prompt_text(self.question)) // 4
+        if isinstance(self.found, float):
+            tokens += round(25 * self.found)
+        return tokens
+
+
+def make_batches(questions: list[Question], args: argparse.Namespace) -> list[list[Asked]]:
+    """Every question in every order, the shortest first, cut into batches."""
+    clips = set()
+    if args.audio != "none":
+        clips.update(question.audio for question in questions)
+        clips.discard(None)
+    found = check_clips(sorted(clips))
+    everything = []
+    for i, question in enumerate(questions):
+        clip = heard_with(i, questions, args, found)
+        for order in range(args.orders):
+            key = (i, order)
+            asked = reordered(question, key, args.seed)
+            everything.append(Asked(key, asked, clip, found.get(clip)))
+    everything.sort(key=lambda asked: (asked.length, asked.key))
+    size = args.batch_size
+    return [everything[i : i + size] for i in range(0, len(everything), size)]
+
+
+def heard_with(i: int, questions: list[Question], args: argparse.Namespace, found: dict) -> str | None:
+    """Question i's clip; with --audio swap another question's, where one has another."""
+    own = questions[i].audio
+    if args.audio == "none":
+        return None
+    if args.audio == "swap" and own is not None:
+        rng = np.random.default_rng([args.seed, i])
+        for j in rng.permutation(len(questions)):
+            other = questions[j].audio
+            if other != own and isinstance(found.get(other), float):
+                return other
+    return own
+
+
+def reordered(question: Question, key: Key, seed: int) -> Question:
+    """Order 0 is the published one; the others follow from the seed."""
+    if key[1] == 0:
+        return question
+    rng = np.random.default_rng([seed, *key])
+    order = rng.permutation(len(question.choices))
+    return replace(question, choices=tuple(question.choices[j] for j in order))
+
+
+def samples_of(asked: Asked, audio: str, longest: float) -> np.ndarray | None:
+    """(n,) at 16 kHz, of at most `longest` seconds; None where nothing is heard. Raises InputError."""
+    if asked.clip is None:
+        return None
+    samples = load_audio(asked.clip, longest)
+    if audio == "silence":
+        return np.zeros_like(samples)
+    return samples
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A question as a checkpoint reads it."""
+
+    asked: Asked
+    prompt: Prompt | None
+    problem: str | None  # why there is no prompt
+
+
+class Batches:
+    """A Dataset: item b is batch b, encoded. DataLoader workers decode and encode ahead of the model."""
+
+    def __init__(self, batches: list[list[Asked]], prompts: PromptEncoder, audio: str):
+        self.batches = batches
+        self.prompts = prompts
+        self.audio = audio
+
+    def __getitem__(self, b: int) -> list[Encoded]:
+        return [self.encode(asked) for asked in self.batches[b]]
+
+    def encode(self, asked: Asked) -> Encoded:
+        longest = self.prompts.extractor.chunk_length + 1
+        try:
+            samples = samples_of(asked, self.audio, longest)
+            if samples is not None:
+                samples = self.prompts.cut(samples, asked.clip)
+            prompt = self.prompts.encode(asked.question, samples is not None, samples)
+        except InputError as error:
+            return Encoded(asked, None, str(error))
+        return Encoded(asked, prompt, None)
+
+
+# -------------------------------------------------------------------------------------------- one evaluation
+
+
+class Evaluation:
+    """One --out: what is asked, what of it is answered, and where that is written.
+
+    Raises InputError if --out holds anything but answers of the same model to the same questions, asked in
+    the same way, or if more than the share --max_bad of the questions has no clip that can be read.
     """
 
-    def __init__(self, questions, args, prompts=None):
-        self.questions, self.audio, self.seed, self.prompts = questions, args.audio, args.seed, prompts
-        self.reasons = {}  # clip -> why it cannot be read
-        if args.audio != "none":
-            clips = {question.audio for question in questions if question.audio is not None}
-            self.reasons = {clip: why for clip in sorted(clips) if (why := check_clip(clip))}
-        jobs = [(i, order) for order in range(args.orders) for i in range(len(questions))]
-        lengths = [self.length(question) for question in questions]
-        jobs.sort(key=lambda job: (lengths[job[0]], job))
-        self.batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
+    def __init__(self, args: argparse.Namespace, hashes: dict[str, str], rank: int):
+        self.args = args
+        self.rank = rank
+        self.out = Path(args.out)
+        self.questions = read_questions(args.data, args.audio_dir, args.max_bad)
+        self.about = {}  # P.meta
+        for name in RECORDED.split():
+            self.about[name] = getattr(args, name)
+        self.about["questions"] = len(self.questions)
+        self.about["bench"] = predictions.bench_name(self.questions, args.bench)
+        hashes = {**hashes, "questions": predictions.questions_hash(self.questions)}
+        self.about["fingerprint"] = hashes
+        before = predictions.read_meta(self.out, self.about)
+        self.done = self.out.exists() and before.get("unanswered") == {}
+        self.batches = make_batches(self.questions, args)
+        self.answers = Answers(self.out, self.about, rank)
+        self.refuse_if_many(self.unanswered(known_only=True))
+        self.lock = threading.Lock()
+        self.right = []  # of each answer since the start, for the progress bar
 
-    def length(self, question):
-        """About how many tokens the prompt has: 25 for a second, one for four characters."""
-        seconds = 0
-        if self.audio != "none" and question.audio is not None and question.audio not in self.reasons:
-            seconds = soundfile.info(question.audio).duration
-        return round(25 * seconds) + len(prompt_text(question)) // 4
+    def unanswered(self, known_only: bool = False) -> dict[int, str]:
+        """Question's number -> why it has no answer; `known_only`: where the clip's header tells why."""
+        reasons = {}
+        for batch in self.batches:
+            for asked in batch:
+                why = asked.problem
+                if not why and not known_only:
+                    why = self.answers.missing.get(asked.key, "not asked")
+                if why and asked.key not in self.answers.given:
+                    reasons[asked.key[0]] = why
+        return reasons
 
-    def asked(self, i, order):
-        """(samples, None); (None, None) where nothing is to be heard; (None, why the clip cannot be read)."""
-        question = self.questions[i]
-        if order == 0:
-            return question
-        shuffled = np.random.default_rng([self.seed, i, order]).permutation(len(question.choices))
-        return replace(question, choices=tuple(question.choices[j] for j in shuffled))
+    def refuse_if_many(self, reasons: dict[int, str]) -> None:
+        if len(reasons) > self.args.max_bad * len(self.questions):
+            i = min(reasons)
+            raise InputError(
+                f"{self.args.data}: {len(reasons)} of {len(self.questions)} questions have no answer (as "
+                f"{self.questions[i].id}: {reasons[i]}); --max_bad is {self.args.max_bad}"
+            )
 
-    def clip(self, i):
-        """The clip that question i is asked with: its own, or with --audio swap that of another question."""
-        own = self.questions[i].audio
-        if self.audio == "swap" and own is not None:
-            for j in np.random.default_rng([self.seed, i]).permutation(len(self.questions)):
-                other = self.questions[j].audio
-                if other not in (None, own) and other not in self.reasons:
-                    return other
-        return own
+    def todo(self) -> list[int]:
+        """The batches with a question that is not answered and could be."""
+        numbers = []
+        for b, batch in enumerate(self.batches):
+            open_ones = [asked for asked in batch if asked.key not in self.answers.given]
+            if not self.done and not all(asked.problem for asked in open_ones):
+                numbers.append(b)
+        return numbers
 
-    def heard(self, i):
-        """(samples or None where nothing is to be heard, None), or (None, why the clip cannot be read)."""
-        clip = None if self.audio == "none" else self.clip(i)
-        if clip is None:
-            return None, None
+    def answer(self, lm: AudioLM | None, todo: list[int]) -> None:
+        """Answer the batches `todo`: this process's share of them."""
+        count = sum(len(self.batches[b]) for b in todo)
+        quiet = self.rank > 0 or not todo
+        with tqdm(total=count, desc=self.out.name, disable=quiet) as bar:
+            if lm is not None:
+                answer_locally(self, lm, todo, bar)
+            elif todo:
+                answer_remotely(self, todo, bar)
+
+    def record(self, rows: list[Row], bar: tqdm) -> None:
+        """Write some answers down, and show how many are right so far."""
+        with self.lock:
+            self.answers.write(rows)
+            for (i, _), text, _ in rows:
+                question = self.questions[i]
+                if question.answer is not None:
+                    said = final_answer(text, self.args.prompt)
+                    self.right.append(string_match(question.answer, said, question.choices))
+            bar.set_postfix(accuracy=f"{np.mean(self.right or [0]):.3f}", refresh=False)
+            bar.update(len(rows))
+
+    def finish(self) -> None:
+        """Write P.json and P.meta. The parts stay while an answer is missing."""
+        self.answers = Answers(self.out, self.about, self.rank)
+        reasons = self.unanswered()
+        self.refuse_if_many(reasons)
+        said = []
+        for i in range(len(self.questions)):
+            texts = []
+            for order in range(self.args.orders):
+                texts.append(self.answers.given.get((i, order), ""))
+            said.append(texts)
+        predictions.write(self.out, self.args.data, self.questions, said, self.args.prompt)
+        unanswered = {}
+        for i, why in sorted(reasons.items()):
+            unanswered[self.questions[i].id] = why
+            log.warning("unanswered: %s: %s", self.questions[i].id, why)
+        self.write_meta({"unanswered": unanswered})
+        if not unanswered:
+            for part in predictions.parts_of(self.out):
+                part.unlink()
+
+    def write_meta(self, more: dict) -> None:
+        text = json.dumps({**self.about, **more}, indent=1)
+        write_text(predictions.meta_path(self.out), text)
+
+    def summary(self) -> list[str]:
+        if all(question.answer is None for question in self.questions):
+            return ["the right answers are hidden: send the file to the benchmark's server"]
+        return summary_lines(self.out)
+
+
+# -------------------------------------------------------------------------------------------------- answering
+
+
+def answer_locally(job: Evaluation, lm: AudioLM, todo: list[int], bar: tqdm) -> None:
+    """Greedy answers of a checkpoint."""
+    workers = 1
+    if lm.device.type != "cpu":  # a GPU answers faster than one process decodes
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = max(1, min(8, os.cpu_count() // processes))
+    batches = Batches(job.batches, lm.prompts, job.args.audio)
+    options = {"num_workers": workers, "worker_init_fn": fsdp.ignore_signals}
+    for batch in DataLoader(batches, None, sampler=todo, **options):
+        rows = []
+        readable = []
+        for item in batch:
+            if item.problem:
+                rows.append((item.asked.key, "", item.problem))
+            else:
+                readable.append(item)
+        groups = []
+        if readable:
+            groups = lm.generate([item.prompt for item in readable], job.args.max_new_tokens)
+        for item, group in zip(readable, groups, strict=True):
+            rows.append((item.asked.key, lm.decode(group[0]), None))
+        job.record(rows, bar)
+
+
+def answer_remotely(job: Evaluation, todo: list[int], bar: tqdm) -> None:
+    """Answers of a model behind a chat endpoint that takes base64 wav files, --batch_size at a time."""
+    client = ChatClient(job.args.url, job.args.model)
+    everything = []
+    for b in todo:
+        everything += [asked for asked in job.batches[b] if asked.key not in job.answers.given]
+    first = everything.pop(0)
+    pool = ThreadPoolExecutor(job.args.batch_size)
+    futures = []
+    try:
+        warn_if_deaf(client, first, job.args.prompt, ask(client, job, first, bar))
+        for asked in everything:
+            futures.append(pool.submit(ask, client, job, asked, bar))
+        for future in as_completed(futures):
+            future.result()
+    except (Unreachable, InputError) as error:
+        raise InputError(f"{error}; {KEPT}") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        wait(futures, client.timeout)  # answers that are on their way are paid for, and written
+        client.stop.set()
+
+
+def ask(client: ChatClient, job: Evaluation, asked: Asked, bar: tqdm) -> int:
+    """Ask one question and write its answer down. Returns the tokens that the server says it read, or 0."""
+    options = {"temperature": 0, "max_tokens": job.args.max_new_tokens}
+    text = ""
+    why = None
+    read = 0
+    try:
+        samples = samples_of(asked, job.args.audio, 300)  # seconds: what Qwen2.5-Omni hears
+    except InputError as error:
+        why = str(error)
+    else:
         try:
-            if clip in self.reasons:
-                raise InputError(f"{clip}: {self.reasons[clip]}")
-            samples = load_audio(clip, max_seconds=301)
-        except InputError as error:
-            return None, str(error)
-        return np.zeros_like(samples) if self.audio == "silence" else samples, None
-
-    def __getitem__(self, b):
-        return [self.item(job, self.asked(*job), *self.heard(job[0])) for job in self.batches[b]]
-
-    def item(self, job, question, samples, why):
-        if self.prompts is None or why is not None:
-            return job, question, samples, why
-        if samples is not None:
-            samples = self.prompts.cut(samples, question.audio)
-        return job, question, self.prompts.encode(question, samples is not None, samples), None
-
-
-# ------------------------------------------------------------------------------------------------- answering
-
-
-class Answers:
-    """{(question's number, order): answer}, kept line by line in OUT.part-* until all are there."""
-
-    def __init__(self, out, rank):
-        self.given, self.missing = {}, {}
-        self.parts = out.parent / f"{out.name}.part-{rank}"
-        for part in sorted(out.parent.glob(f"{out.name}.part-*")):
-            for line in part.read_text(encoding="utf-8").splitlines():
-                try:
-                    i, order, text, why = parse_json(line)
-                except (ValueError, TypeError):
-                    continue  # cut off by a kill: asked again
-                self.add(i, order, text, why)
-
-    def add(self, i, order, text, why):
-        self.given[i, order] = text
-        if why:
-            self.missing[i] = why
-
-    def has(self, jobs):
-        return all(job in self.given for job in jobs)
-
-    def write(self, rows):
-        """rows: [(question's number, order, answer, why there is none)]."""
-        with open(self.parts, "a", encoding="utf-8") as file:
-            file.write("\n" + "".join(json.dumps(row) + "\n" for row in rows))
-        for row in rows:
-            self.add(*row)
-
-
-def answer_locally(lm, args, questions, answers, rank, world, bar):
-    """Greedy answers of a checkpoint to this process's batches."""
-    jobs = Jobs(questions, args, lm.prompts)
-    todo = [b for b in range(rank, len(jobs.batches), world) if not answers.has(jobs.batches[b])]
-    for batch in DataLoader(jobs, None, sampler=todo, num_workers=args.workers):
-        good = [(job, prompt) for job, _, prompt, why in batch if why is None]
-        said = lm.generate([prompt for _, prompt in good], args.max_new_tokens) if good else []
-        rows = [(*job, lm.decode(group[0]), None) for (job, _), group in zip(good, said, strict=True)]
-        answers.write(rows + [(*job, "", why) for job, _, _, why in batch if why is not None])
-        bar(rows, len(batch))
-
-
-def answer_remotely(args, questions, answers, bar):
-    """The answers of a model behind a chat endpoint that takes base64 wav files."""
-    client, jobs = ChatClient(args.url, args.model), Jobs(questions, args)
-
-    def one(job, question, samples, why):
-        parts = [{"type": "text", "text": prompt_text(question)}]
-        if samples is not None:
-            file = io.BytesIO()
-            soundfile.write(file, samples, 16_000, format="WAV", subtype="PCM_16")
-            audio = {"data": base64.b64encode(file.getvalue()).decode(), "format": "wav"}
-            parts.insert(0, {"type": "input_audio", "input_audio": audio})
-        if why is not None:
-            return (*job, "", why)
-        try:
-            options = {"temperature": 0, "max_tokens": args.max_new_tokens}
-            return (*job, client.complete([{"role": "user", "content": parts}], **options)[0], None)
+            text, usage = client.complete(message(asked, job.args.prompt, samples), **options)
+            read = usage["prompt_tokens"]
         except Refused as error:
-            return (*job, "", str(error))
-
-    with ThreadPoolExecutor(args.batch_size) as pool:
-        for b, batch in enumerate(jobs.batches):
-            if answers.has(batch):
-                continue
-            try:
-                rows = list(pool.map(lambda item: one(*item), jobs[b]))
-            except Unreachable as error:
-                raise InputError(f"{error}; what was answered is kept, the same command goes on") from None
-            answers.write(rows)
-            bar(rows, len(rows))
+            why = str(error)
+    job.record([(asked.key, text, why)], bar)
+    return read
 
 
-# --------------------------------------------------------------------------------------------------- running
+def warn_if_deaf(client: ChatClient, asked: Asked, prompt: str, read: int) -> None:
+    """Ask once more without the clip: a server that reads as many tokens did not hear it."""
+    if asked.clip is None or read == 0:
+        return
+    with suppress(Refused):
+        _, usage = client.complete(message(asked, prompt, None), temperature=0, max_tokens=1)
+        if usage["prompt_tokens"] == read:
+            log.warning("%s reads %d tokens with a clip and without: does it hear?", client.name, read)
 
 
-def checked(args):
-    """One job per --out, with --data, --audio_dir and --audio given once or once for each, or InputError."""
+def message(asked: Asked, prompt: str, samples: np.ndarray | None) -> list[dict]:
+    parts = [{"type": "text", "text": prompt_text(asked.question, prompt)}]
+    if samples is not None:
+        file = io.BytesIO()
+        soundfile.write(file, samples, 16_000, format="WAV", subtype="PCM_16")
+        data = base64.b64encode(file.getvalue()).decode()
+        audio = {"data": data, "format": "wav"}
+        parts.insert(0, {"type": "input_audio", "input_audio": audio})
+    return [{"role": "user", "content": parts}]
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+def split(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """One for each --out; --data, --audio_dir, --audio and --bench stand once or as often. Or InputError."""
     for name in ("model", "data", "out"):
         if not getattr(args, name):
             raise InputError(f"--{name} is needed (see --help)")
-    if min(args.batch_size, args.orders, args.max_new_tokens) < 1 or args.workers < 0:
-        raise InputError(
-            "--batch_size, --orders and --max_new_tokens must be at least 1, --workers at least 0"
-        )
+    for name, least in (("batch_size", 1), ("orders", 1), ("max_new_tokens", 1), ("seed", 0)):
+        if not least <= getattr(args, name) < 10**6:
+            raise InputError(f"--{name} {getattr(args, name)}: must be at least {least}, and below a million")
+    if not 0 <= args.max_bad <= 1:
+        raise InputError(f"--max_bad {args.max_bad}: a share is between 0 and 1")
+    if args.url and args.adapter:
+        raise InputError("--adapter needs a checkpoint, not --url")
+    if len({predictions.meta_path(Path(out)) for out in args.out}) < len(args.out):
+        raise InputError("--out names a file twice")
     jobs = []
     for i, out in enumerate(args.out):
-        job = argparse.Namespace(**vars(args) | {"out": out})
-        for name in ("data", "audio_dir", "audio"):
+        job = argparse.Namespace(**vars(args))
+        job.out = out
+        for name in ("data", "audio_dir", "audio", "bench"):
             values = getattr(args, name) or [None]
             if len(values) not in (1, len(args.out)):
                 raise InputError(f"--{name}: {len(values)} for {len(args.out)} of --out; give 1 or as many")
@@ -209,138 +395,137 @@ def checked(args):
     return jobs
 
 
-def evaluate(args):
-    """Answer every job's questions that are not answered yet, with one loading of the model."""
-    lm, processes = None, None
-    for job in checked(args):
+@contextmanager
+def in_agreement() -> Iterator[None]:
+    """What goes wrong within, in any process, ends them all with one message, once all have come here."""
+    wrong = None
+    try:
+        yield
+    except (InputError, OSError) as error:
+        wrong = str(error)
+    except RuntimeError as error:  # torch's for memory, and for a process of the DataLoader that is gone
+        if not re.search("out of memory|allocate memory|DataLoader worker", str(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        wrong = f"{reason} Too little memory? Lower --batch_size; {KEPT}"
+    reasons = [reason for reason in fsdp.gather_objects(wrong) if reason]
+    if reasons:
+        raise InputError(reasons[0])
+
+
+def hold(jobs: list[argparse.Namespace]) -> list[IO]:
+    """The locks that keep a second start from the same files. Until they are garbage."""
+    locks = []
+    for job in jobs:
         out = Path(job.out)
-        meta = out.with_suffix(".meta")
-        questions = read_questions(job.data, job.audio_dir, job.max_bad)
-        about = {name: getattr(job, name) for name in RECORDED} | {"questions": len(questions)}
-        about["bench"] = bench_name(job.data, questions)
-        before = json.loads(meta.read_text()) if meta.exists() else about
-        changed = [f"{n}: {before.get(n)} -> {about[n]}" for n in about if before.get(n) != about[n]]
-        if changed:
-            raise InputError(f"{out} is of other arguments ({'; '.join(changed)}); take another --out")
-        if not (out.exists() and meta.exists()):
-            processes = processes or start_processes()
-            if lm is None and not job.url:
-                lm = load_model(job.model, dtype_of(job, processes[2]), processes[2])
-            before = answer(job, questions, lm, processes, about)
-        if before is not None and int(os.environ.get("RANK", 0)) == 0:
-            lines = summary(out, questions, before.get("unanswered", {}))
-            print(f"saved {out}", *lines[: 1 if len(args.out) > 1 else None], sep="\n")
+        predictions.refuse_foreign(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        locks.append(one_writer(out.with_name(f".{out.name}.lock")))
+    return locks
 
 
-def answer(args, questions, lm, processes, about):
-    """One job: answer what is left, write P.meta and predictions. Returns P.meta's content, or None."""
-    out, (rank, world, _) = Path(args.out), processes
-    out.parent.mkdir(parents=True, exist_ok=True)
-    answers, right = Answers(out, rank), []
-    progress = tqdm(total=len(questions) * args.orders, initial=len(answers.given), disable=rank > 0)
-    progress.set_description(out.name)
-
-    def bar(rows, count):
-        for i, _, said, _ in rows:
-            choices, answer = questions[i].choices, questions[i].answer
-            right.append(answer is not None and string_match(answer, said, choices))
-        progress.set_postfix(accuracy=f"{np.mean(right or [0]):.3f}", refresh=False)
-        progress.update(count * world)
-
-    if rank == 0:
-        write_text(out.with_suffix(".meta"), json.dumps(about, indent=1))
-    if lm is not None:
-        answer_locally(lm, args, questions, answers, rank, world, bar)
-    elif rank == 0:
-        answer_remotely(args, questions, answers, bar)
-    progress.close()
-    dist.barrier()
-    if rank > 0:
-        return None
-    answers = Answers(out, 0)
-    about = about | {"unanswered": {questions[i].id: why for i, why in answers.missing.items()}}
-    write_text(out.with_suffix(".meta"), json.dumps(about, indent=1))
-    write_predictions(args, questions, answers.given)
-    for part in out.parent.glob(f"{out.name}.part-*"):
-        part.unlink()
-    return about
+def model_hashes(args: argparse.Namespace) -> dict[str, str]:
+    hashes = {}
+    if not args.url:
+        hashes["model"] = predictions.checkpoint_hash(find_model(args.model))
+    if args.adapter:
+        hashes["adapter"] = predictions.checkpoint_hash(Path(args.adapter))
+    return hashes
 
 
-def dtype_of(args, device):
-    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return getattr(torch, ("bfloat16" if bfloat16 else "float32") if args.dtype == "auto" else args.dtype)
+def load(args: argparse.Namespace, device: torch.device) -> AudioLM:
+    lm = load_model(args.model, getattr(torch, args.dtype), device, prompt=args.prompt)
+    if args.adapter:
+        from lora import load_adapter
+
+        load_adapter(lm, Path(args.adapter))
+    return lm
 
 
-def write_predictions(args, questions, given):
-    """The benchmark's own rows, in its order and form, plus the keys that its official script reads."""
-    rows, lines = read_rows(args.data)
-    for i, question in enumerate(questions):
-        said = [given[i, order] for order in range(args.orders)]
-        row = rows[question.meta["row"]]
-        if question.meta["format"] == "mmar":
-            row["answer_prediction"] = said[0]
-        else:
-            row["model_output"] = row["model_prediction"] = said[0]
-        if args.orders > 1:
-            row["order_predictions"] = said
-    rows = [row for row in rows if row is not None]
-    text = json.dumps(rows, indent=1, ensure_ascii=False)
-    if lines:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(args.out, text)
+def evaluate(args: argparse.Namespace) -> None:
+    """Answer every job's questions that are not answered yet, with one loading of the model."""
+    several = split(args)
+    day = 24 * 60  # minutes: how long the fastest process may wait for the slowest
+    rank, world, device = fsdp.start_processes(day)
+    dtype = fsdp.compute_dtype(args.dtype, device)
+    for one in [args, *several]:
+        one.dtype = str(dtype).removeprefix("torch.")
+    with in_agreement():
+        locks = hold(several) if rank == 0 else []
+    with in_agreement():
+        hashes = model_hashes(args)
+        jobs = [Evaluation(one, hashes, rank) for one in several]
+    lm = None
+    for job in jobs:
+        todo = job.todo()
+        with in_agreement():
+            if rank == 0 and not job.done:
+                job.write_meta({})
+            if todo and lm is None and not args.url:
+                lm = load(args, device)
+            job.answer(lm, todo[rank::world])
+        with in_agreement():
+            if rank == 0 and not job.done:
+                job.finish()
+            if rank == 0:
+                lines = job.summary()
+                if len(jobs) > 1:
+                    lines = lines[:1]
+                print(f"saved {job.out}", *lines, sep="\n")
+    del locks
 
 
-def bench_name(path, questions):
-    """What report.py calls the benchmark; MMAU's two versions are told apart by the file's name."""
-    form, name = questions[0].meta["format"], Path(path).name.lower()
-    if form != "mmau":
-        return form
-    part = "full" if any(question.answer is None for question in questions) else "mini"
-    return f"mmau-{part}" + ("-v2" if "05.15.25" in name or "v2" in name else "")
+# ---------------------------------------------------------------------------------------------------- options
 
 
-def summary(out, questions, unanswered):
-    for name, why in unanswered.items():
-        log.warning("unanswered: %s: %s", name, why)
-    if any(question.answer is None for question in questions):
-        return ["the right answers are hidden: send the file to the benchmark's server"]
-    return summary_lines(out)
-
-
-OPTIONS = {  # name: (default, help)
-    "model": (None, "checkpoint folder or hub name; with --url the endpoint's name of the model"),
-    "url": (None, "chat completions endpoint that takes audio, in place of a checkpoint"),
-    "orders": (1, "ask each question in so many orders of its choices"),
-    "batch_size": (16, "questions at a time"),
-    "max_new_tokens": (64, "longest answer, in tokens"),
-    "seed": (0, "of --orders and of --audio swap"),
-    "workers": (1, "processes that decode audio ahead of time"),
-    "max_bad": (0.1, "share of malformed rows that stops the evaluation"),
-    "score": (None, "print the accuracies of a predictions file, and stop"),
-    "report": (None, "write the paper's tables and a page from a folder of runs, and stop"),
-}
-
-
-def main():
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+def parse() -> argparse.Namespace:
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape, allow_abbrev=False)
     add = parser.add_argument
-    for name, (default, text) in OPTIONS.items():
-        text = text if default is None else f"{text} (default: {default})"
-        add(f"--{name}", type=str if default is None else type(default), default=default, help=text)
-    text = "benchmark(s): MMAU, MMAR, or any format of training questions"
-    add("--data", nargs="+", help=text)
+    heard = ["real", "none", "silence", "swap"]
+    dtypes = ["auto", "bfloat16", "float32"]
+    add("--model", help="checkpoint folder or hub name; with --url the endpoint's name of the model")
+    add("--adapter", help="LoRA weights (a run's O/adapter) to evaluate --model with")
+    add("--url", help="chat completions endpoint that takes audio, in place of a checkpoint")
+    add("--data", nargs="+", help="benchmark(s): MMAU, MMAR, or any format of training questions")
     add("--audio_dir", nargs="+", help="folder(s) of the clips (default: beside the questions)")
-    text = "what is heard: the clip, nothing, silence of its length, another question's clip (default: real)"
-    add("--audio", nargs="+", choices=["real", "none", "silence", "swap"], default=["real"], help=text)
-    text = "predictions to write; several are several evaluations with one loading of the model"
-    add("--out", nargs="+", help=text)
-    text = "auto is bfloat16 on GPUs that have it, else float32"
-    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help=text)
-    text = "print the paired difference of two predictions files, and stop"
-    add("--compare", nargs=2, metavar=("A", "B"), help=text)
-    args, code = parser.parse_args(), 0
+    add(
+        "--audio",
+        nargs="+",
+        choices=heard,
+        default=["real"],
+        help="the clip, or what is heard in its place (real)",
+    )
+    add("--bench", nargs="+", help="the benchmark's name in the report (default: told by the questions)")
+    add("--out", nargs="+", help="predictions to write; several are evaluated with one loading of the model")
+    add("--prompt", choices=list(PROMPTS), default="direct", help="how the answer is asked for (%(default)s)")
+    add(
+        "--orders",
+        type=int,
+        default=1,
+        help="ask each question in so many orders of its choices (%(default)s)",
+    )
+    add("--batch_size", type=int, default=16, help="questions at a time (%(default)s)")
+    add("--max_new_tokens", type=int, default=64, help="longest answer, in tokens (%(default)s)")
+    add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on GPUs that have it, else float32")
+    add("--seed", type=int, default=0, help="of --orders and of --audio swap (%(default)s)")
+    add(
+        "--max_bad",
+        type=float,
+        default=0.1,
+        help="share of bad rows, clips or answers that stops it (%(default)s)",
+    )
+    add("--score", metavar="P", help="print the accuracies of a predictions file, and stop")
+    add("--compare", nargs=2, metavar=("A", "B"), help="print the paired difference of two, and stop")
+    add("--report", metavar="DIR", help="write the paper's tables and a page from a folder of runs, and stop")
+    return parser.parse_args()
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    args = parse()
+    code = 0
+    last_words = ""
     try:
         if args.compare:
             print(compare(*args.compare))
@@ -351,9 +536,13 @@ def main():
         else:
             evaluate(args)
     except (InputError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        last_words = f"error: {error}"
         code = 2
+    except KeyboardInterrupt:
+        last_words = f"interrupted: {KEPT}"
+        code = 130
+    if last_words and int(os.environ.get("RANK", 0)) == 0:
+        print(last_words, file=sys.stderr, flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)

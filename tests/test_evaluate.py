@@ -1,75 +1,110 @@
-"""Laws of the evaluation: batched = single, killed = whole, our score = the official rule, intervals cover."""
+"""Laws of the evaluation: batched = single; killed, shared, repeated = once; nothing unfinished looks finished."""
 
+import contextlib
 import io
 import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+import evaluate as evaluation
 from chat_server import ChatServer
 from conftest import DATA
 from data import read_questions
-from evaluate import main
+from files import InputError, one_writer
 from model import load_model
-from report import COLUMNS, PAPER, bootstrap, mcnemar, paper_rows, score, wilson
+from predictions import bench_name, parts_of
+from reward import string_match
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def evaluate(*arguments, processes=1, check=True):
-    """Run evaluate.py as a user would (in this process, to save its start, where one is enough)."""
-    if processes > 1:
-        python = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-        ]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [*python, "evaluate.py", *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=300)
-    else:
-        out, err, code = io.StringIO(), io.StringIO(), 0
-        logging.getLogger().handlers.clear()
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+def evaluate(*arguments, check=True) -> subprocess.CompletedProcess:
+    """evaluate.py's main in this process, to save its start."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    logging.getLogger().handlers.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                main()
+                evaluation.main()
             except SystemExit as end:
                 code = end.code
-        done = subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
-    assert not check or done.returncode == 0, done.stderr
-    return done
+    torch.use_deterministic_algorithms(False)
+    assert not check or code == 0, err.getvalue()
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
-def arguments(world, out, data="mmau.json", **more):
-    options = {
-        "model": world / "model",
-        "data": world / data,
-        "audio_dir": world / "audio",
-        "out": out,
-        "max_new_tokens": 8,
-    }
-    return [x for name, value in (options | more).items() for x in (f"--{name}", value)]
+def start(arguments, processes=1) -> subprocess.Popen:
+    """evaluate.py as a user would start it, in a process group of its own."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.Popen(
+        [*command, "evaluate.py", *map(str, arguments)], cwd=ROOT, start_new_session=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def options(world, out, **more) -> list:
+    values = {"model": world / "model", "data": world / "mmau.json", "audio_dir": world / "audio", "out": out}
+    values |= {"max_new_tokens": 8, **more}
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def refused(*arguments, says: str) -> None:
+    done = evaluate(*arguments, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and says in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
     """One uninterrupted evaluation of the tiny MMAU."""
     out = tmp_path_factory.mktemp("eval") / "base.json"
-    return out, evaluate(*arguments(world, out)).stdout
+    return out, evaluate(*options(world, out)).stdout
+
+
+@pytest.fixture
+def few(world, tmp_path):
+    """A file of 24 questions, and a folder with links to their clips."""
+    rows = json.loads((world / "mmau.json").read_text())[:24]
+    (tmp_path / "few.json").write_text(json.dumps(rows))
+    (tmp_path / "clips").mkdir()
+    for row in rows:
+        name = Path(row["audio_id"]).name
+        (tmp_path / "clips" / name).symlink_to(world / "audio" / name)
+    return {"data": tmp_path / "few.json", "audio_dir": tmp_path / "clips"}
+
+
+@contextlib.contextmanager
+def served(**how) -> Iterator[ChatServer]:
+    server = ChatServer(**how)
+    server.ways.remove("hang")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def average(text: str) -> float:
+    return float(re.search(r"average +(\S+)", text)[1])
+
+
+# --------------------------------------------------------------------------------------------- what is answered
 
 
 def test_the_file_is_the_benchmarks_own_rows_with_the_answers_taken_one_at_a_time(world, whole):
@@ -80,205 +115,292 @@ def test_the_file_is_the_benchmarks_own_rows_with_the_answers_taken_one_at_a_tim
     for row, question in zip(rows, read_questions(world / "mmau.json", world / "audio"), strict=True):
         alone = lm.decode(lm.generate([lm.encode(question)], 8)[0][0])
         assert row["model_prediction"] == row["model_output"] == alone
+    right = [string_match(row["answer"], row["model_output"], row["choices"]) for row in rows]
+    assert average(whole[1]) == pytest.approx(100 * np.mean(right), abs=0.05)
 
 
-def test_batch_size_processes_and_a_kill_change_nothing(world, whole, tmp_path):
-    job = subprocess.Popen(
-        [sys.executable, "evaluate.py", *map(str, arguments(world, tmp_path / "p.json", batch_size=4))],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    part, deadline = tmp_path / "p.json.part-0", time.time() + 60
-    while time.time() < deadline and not (part.exists() and part.stat().st_size > 1000):
-        time.sleep(0.005)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
-    assert part.exists() and not (tmp_path / "p.json").exists()
-    with open(part, "a") as file:
-        file.write('[7, 0, "half a l')
-    evaluate(*arguments(world, tmp_path / "p.json", batch_size=4), processes=2)
+def test_batch_size_processes_a_kill_and_ctrl_c_change_nothing(world, whole, tmp_path):
+    arguments = options(world, tmp_path / "p.json", batch_size=4)
+    for number in (signal.SIGKILL, signal.SIGINT):
+        before = sum(part.stat().st_size for part in parts_of(tmp_path / "p.json"))
+        job, deadline = start(arguments), time.time() + 60
+        while sum(part.stat().st_size for part in parts_of(tmp_path / "p.json")) < before + 600:
+            assert job.poll() is None and time.time() < deadline
+            time.sleep(0.005)
+        os.killpg(job.pid, number)
+        said = job.communicate()[1]
+        assert not (tmp_path / "p.json").exists()
+        with open(tmp_path / "p.json.part-0", "a") as file:
+            file.write('[7, 0, "half a l')
+    assert job.returncode == 130 and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("interrupted: what was answered is kept")
+    together = start(arguments, processes=2)
+    assert together.wait() == 0, together.stderr.read()
+    together.communicate()
     assert (tmp_path / "p.json").read_text() == whole[0].read_text()
-    assert not list(tmp_path.glob("*.part-*"))
-    refused = evaluate(*arguments(world, tmp_path / "p.json", batch_size=5), check=False)
-    assert refused.returncode == 2 and "batch_size: 4 -> 5" in refused.stderr
+    assert not parts_of(tmp_path / "p.json")
+    refused(*options(world, tmp_path / "p.json", batch_size=5), says="batch_size: 4 -> 5")
 
 
 def test_audio_none_silence_and_swap_are_what_they_say(world, whole, tmp_path):
-    average = {"real": float(re.search(r"average +(\S+)", whole[1])[1])}
+    found = {"real": average(whole[1])}
     for audio in ("none", "silence", "swap"):
-        said = evaluate(*arguments(world, tmp_path / f"{audio}.json", audio=audio)).stdout
-        average[audio] = float(re.search(r"average +(\S+)", said)[1])
-    assert average["real"] > max(average["none"], average["silence"], average["swap"]) + 10
+        found[audio] = average(evaluate(*options(world, tmp_path / f"{audio}.json", audio=audio)).stdout)
+    assert found["real"] > max(found["none"], found["silence"], found["swap"]) + 10
     lm, (first, *_) = load_model(world / "model"), read_questions(world / "mmau.json", world / "audio")
     silent = lm.encode(first, waveform=np.zeros(16_000, "float32"))
-    assert (
-        lm.decode(lm.generate([silent], 8)[0][0])
-        == json.loads((tmp_path / "silence.json").read_text())[0]["model_output"]
-    )
+    said = lm.decode(lm.generate([silent], 8)[0][0])
+    assert said == json.loads((tmp_path / "silence.json").read_text())[0]["model_output"]
     compared = evaluate("--compare", tmp_path / "none.json", whole[0]).stdout
-    assert f"{average['none']} -> {average['real']}" in compared and "McNemar p" in compared
+    assert f"{found['none']} -> {found['real']}" in compared and "McNemar p" in compared
 
 
-def test_mmar_comes_back_as_lines_with_every_order_and_a_missing_clip_is_named(world, tmp_path):
-    folder = tmp_path / "audio"
-    folder.mkdir()
-    rows = [json.loads(line) for line in (world / "mmar.jsonl").read_text().splitlines()][:24]
-    for row in rows[1:]:
-        name = Path(row["audio_path"]).name
-        (folder / name).write_bytes((world / "audio" / name).read_bytes())
+def test_mmar_lines_come_back_as_the_list_that_its_script_reads_with_every_order(world, tmp_path):
+    rows = [json.loads(line) for line in (world / "mmar.jsonl").read_text().splitlines()][:16]
+    rows[3]["url"] = "half a pair: \ud800"  # this row cannot be asked, and must not cost the others
     (tmp_path / "mmar.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = arguments(world, tmp_path / "p.json", data=tmp_path / "mmar.jsonl") + [
-        "--audio_dir",
-        folder,
-        "--orders",
-        3,
+    out = tmp_path / "run[1].json"
+    done = evaluate(*options(world, out, data=tmp_path / "mmar.jsonl", orders=3))
+    answered = json.loads(out.read_text())
+    assert [row["id"] for row in answered] == [row["id"] for row in rows]
+    assert [len(row.get("order_predictions", [])) for row in answered] == [
+        0 if i == 3 else 3 for i in range(16)
     ]
-    done = evaluate(*options)
-    assert f"unanswered: {rows[0]['id']}" in done.stderr and "no such file" in done.stderr
-    answered = [json.loads(line) for line in (tmp_path / "p.json").read_text().splitlines()]
-    assert [row["id"] for row in answered] == [row["id"] for row in rows] and answered[0][
-        "answer_prediction"
-    ] == ""
-    assert all(len(row["order_predictions"]) == 3 for row in answered)
-    assert "1 of 24 answers are empty" in done.stdout and "same way in all orders" in done.stdout
-    assert "n = 24" in done.stdout
-
-
-def test_hidden_answers_are_written_for_the_server_and_not_scored(world, tmp_path):
-    rows = [
-        {k: v for k, v in row.items() if k != "answer"}
-        for row in json.loads((world / "mmau.json").read_text())[:8]
-    ]
-    (tmp_path / "full.json").write_text(json.dumps(rows))
-    done = evaluate(*arguments(world, tmp_path / "p.json", data=tmp_path / "full.json"))
-    assert "hidden" in done.stdout and all(
-        "model_output" in row for row in json.loads((tmp_path / "p.json").read_text())
+    assert all(
+        row["answer_prediction"] == row["order_predictions"][0] for row in answered if row is not answered[3]
     )
-    refused = evaluate("--score", tmp_path / "p.json", check=False)
-    assert refused.returncode == 2 and "no right answers" in refused.stderr
+    assert "same way in all orders" in done.stdout and "n = 15" in done.stdout
+    assert json.loads((tmp_path / "run[1].meta").read_text())["bench"] == "mmar" and not parts_of(out)
 
 
-BAD = {
-    "of another benchmark": ("--compare", "{mmau}", "{mmar}"),
-    "without predictions": ("--score", "{questions}"),
-    "cut off": ("--score", "{cut}"),
-    "missing": ("--score", "nothing.json"),
-    "no model": ("--model", "no/such", "--data", "{questions}", "--out", "{out}"),
-    "no out": ("--model", "m", "--data", "{questions}"),
-    "nothing to report": ("--report", "{empty}"),
+def test_several_evaluations_in_one_command_are_those_of_one_each(world, whole, few, tmp_path):
+    outs = [tmp_path / "a.json", tmp_path / "a.txt"]  # of one stem, and yet apart
+    done = evaluate(
+        *options(world, outs[0], **few), outs[1], "--audio", "real", "none", "--dtype", "bfloat16"
+    )
+    assert done.stdout.count("saved") == 2
+    for out, meta, audio in zip(outs, ("a.meta", "a.txt.meta"), ("real", "none"), strict=True):
+        about = json.loads((tmp_path / meta).read_text())
+        assert about["audio"] == audio and about["dtype"] == "bfloat16" and about["unanswered"] == {}
+        assert all("model_output" in row for row in json.loads(out.read_text()))
+
+
+def test_hidden_answers_are_written_for_the_server_and_not_scored(world, few, tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "answer"} for row in json.loads(few["data"].read_text())]
+    few["data"].write_text(json.dumps(rows))
+    done = evaluate(*options(world, tmp_path / "p.json", **few))
+    assert "hidden" in done.stdout and json.loads((tmp_path / "p.meta").read_text())["bench"] == "mmau-full"
+    assert all("model_output" in row for row in json.loads((tmp_path / "p.json").read_text()))
+    refused("--score", tmp_path / "p.json", says="no right answers")
+
+
+# ------------------------------------------------------------------------------------- what looks finished is
+
+
+def test_missing_clips_stop_it_or_are_asked_again_once_they_are_there(world, few, whole, tmp_path):
+    refused(
+        *options(world, tmp_path / "p.json", **few | {"audio_dir": tmp_path / "none"}),
+        says="24 of 24 questions",
+    )
+    assert not (tmp_path / "p.json").exists() and not parts_of(tmp_path / "p.json")
+    clip = sorted((few["audio_dir"]).iterdir())[5]
+    clip.rename(tmp_path / "away.wav")
+    done = evaluate(*options(world, tmp_path / "p.json", **few))
+    assert "1 of 24 answers are empty" in done.stdout and "no such file" in done.stderr
+    assert list(json.loads((tmp_path / "p.meta").read_text())["unanswered"]) == [clip.stem]
+    with pytest.MonkeyPatch.context() as patch:  # nothing new to ask: no model is loaded
+        patch.setattr(evaluation, "load_model", None)
+        evaluate(*options(world, tmp_path / "p.json", **few))
+    (tmp_path / "away.wav").rename(clip)
+    evaluate(*options(world, tmp_path / "p.json", **few))
+    assert json.loads((tmp_path / "p.json").read_text()) == json.loads(whole[0].read_text())[:24]
+    assert json.loads((tmp_path / "p.meta").read_text())["unanswered"] == {} and not parts_of(
+        tmp_path / "p.json"
+    )
+
+
+def test_answers_are_those_of_one_model_to_one_set_of_questions(world, few, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(world / "model", model)
+    again = options(world, tmp_path / "p.json", **few, model=model)
+    evaluate(*again)
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
+    weights[name][0, 0] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    refused(*again, says="fingerprint: ")
+    shutil.copy(world / "model" / "model.safetensors", model)
+    rows = json.loads(few["data"].read_text())
+    rows[0]["question"] += "?"
+    few["data"].write_text(json.dumps(rows))
+    refused(*again, says="fingerprint: ")
+    (tmp_path / "p.meta").unlink()
+    refused(*again, says="no p.meta says")
+    (tmp_path / "p.json").unlink()
+    (tmp_path / "p.json.part-1").write_text('{"asked": "of another model"}\n[0, 0, "dog", null]\n')
+    refused(*again, says="answers to something else")
+    (tmp_path / "p.json.part-1").write_bytes(b"\xff\x00\n\n")
+    refused(*again, says="damaged")
+    (tmp_path / "p.json.part-1").unlink()
+    (tmp_path / "p.meta").write_text("[1, 2")
+    refused(*again, says="damaged")
+
+
+def test_one_writer(world, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "one_writer", lambda path: one_writer(path, patience=0.1))
+    held = one_writer(tmp_path / ".p.json.lock")
+    refused(*options(world, tmp_path / "p.json", **few), says=f"held by process {os.getpid()}")
+    held.close()
+    assert not (tmp_path / "p.meta").exists()
+
+
+def test_a_model_of_nan_and_a_dead_loader_end_in_one_line(world, few, tmp_path, monkeypatch):
+    shutil.copytree(world / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    for name in weights:
+        if name.endswith("norm.weight"):
+            weights[name].fill_(float("nan"))
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    refused(*options(world, tmp_path / "nan.json", **few, model=tmp_path / "model"), says="not finite")
+    monkeypatch.setattr(evaluation.Batches, "encode", lambda self, asked: os._exit(9))
+    refused(*options(world, tmp_path / "p.json", **few), says="DataLoader worker")
+    assert not (tmp_path / "p.json").exists() and not (tmp_path / "nan.json").exists()
+
+
+REFUSED = {  # what is wrong -> what is said, and the arguments
+    "of another benchmark": ("not of the same questions", "--compare", "{whole}", "{mmar}"),
+    "without predictions": ("without predictions", "--score", "{mmau}"),
+    "missing": ("nothing.json", "--score", "nothing.json"),
+    "no model": ("no/such", "--model", "no/such", "--data", "{mmau}", "--out", "{out}"),
+    "no out": ("--out is needed", "--model", "m", "--data", "{mmau}"),
+    "nothing to report": ("no predictions", "--report", "{empty}"),
+    "a file of another's": ("exists", "{run}", "--out", "{other}"),
+    "its own questions": ("exists", "{run}", "--out", "{mmau}"),
+    "twice the same": ("twice", "{run}", "--out", "{out}", "{out}"),
+    "one for two": ("2 for 1", "{run}", "--audio", "real", "none"),
+    "no batch": ("--batch_size 0", "{run}", "--batch_size", "0"),
+    "no such seed": ("--seed -1", "{run}", "--seed", "-1"),
+    "no share": ("--max_bad nan", "{run}", "--max_bad", "nan"),
+    "no adapter": ("nowhere", "{run}", "--adapter", "nowhere"),
+    "adapter of a server": ("--adapter", "{run}", "--url", "http://127.0.0.1:1/v1", "--adapter", "{empty}"),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", REFUSED)
 def test_bad_input_is_one_line_and_exit_code_2(world, whole, tmp_path, name):
-    (tmp_path / "cut.json").write_text(whole[0].read_text()[:5000])
-    rows = [
-        json.loads(line) | {"answer_prediction": "dog"}
-        for line in (world / "mmar.jsonl").read_text().splitlines()
-    ]
-    (tmp_path / "mmar.json").write_text(json.dumps(rows))
     (tmp_path / "empty").mkdir()
-    paths = {"mmau": whole[0], "mmar": tmp_path / "mmar.json", "questions": world / "mmau.json", "cut": tmp_path / "cut.json",
-             "out": tmp_path / "o.json", "empty": tmp_path / "empty"}  # fmt: skip
-    done = evaluate(*[part.format(**paths) for part in BAD[name]], check=False)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2 and len(errors) == 1
+    (tmp_path / "other.json").write_text("[]")
+    rows = [json.loads(line) for line in (world / "mmar.jsonl").read_text().splitlines()]
+    (tmp_path / "mmar.json").write_text(json.dumps([row | {"answer_prediction": "dog"} for row in rows]))
+    paths = {"whole": whole[0], "mmar": tmp_path / "mmar.json", "mmau": world / "mmau.json", "run": "--model",
+             "out": tmp_path / "o.json", "empty": tmp_path / "empty", "other": tmp_path / "other.json"}  # fmt: skip
+    says, *parts = REFUSED[name]
+    arguments = [part.format(**paths) for part in parts]
+    if parts[0] == "{run}":
+        arguments = [*options(world, tmp_path / "o.json"), *arguments[1:]]
+    before = (world / "mmau.json").read_bytes()
+    refused(*arguments, says=says)
+    assert (world / "mmau.json").read_bytes() == before and (tmp_path / "other.json").read_text() == "[]"
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_mmaus_version_is_told_by_its_questions():
+    files = [DATA / f"mmau-test-mini-{version}.json" for version in ("original", "v05.15.25")]
+    if not files[0].exists():
+        pytest.skip(f"the published questions are not in {DATA}")
+    names = ["mmau-mini", "mmau-mini-v2"]
+    original, revised = map(read_questions, files)
+    for questions, name, other in zip((original, revised), names, names[::-1], strict=True):
+        assert (
+            bench_name(questions, None)
+            == bench_name(questions[:200], None)
+            == bench_name(questions, name)
+            == name
+        )
+        assert bench_name(questions, "mine") == "mine"
+        with pytest.raises(InputError, match=f"--bench {other}: by their text these questions are {name}"):
+            bench_name(questions, other)
+    with pytest.raises(InputError, match="neither"):
+        bench_name(original[:500] + revised[500:], None)
+
+
+# ------------------------------------------------------------------------------------------- behind an endpoint
 
 
 @pytest.mark.parametrize("fail", [0.0, 0.3])
-def test_a_model_behind_a_chat_endpoint_fills_its_rows(world, tmp_path, monkeypatch, fail):
-    server = ChatServer(fail=fail)
-    server.ways.remove("hang")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    (tmp_path / "q.json").write_text(json.dumps(json.loads((world / "mmau.json").read_text())[:40]))
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    done = evaluate(
-        *arguments(world, tmp_path / "p.json", data=tmp_path / "q.json", url=server.url, model="gpt")
-    )
-    server.shutdown()
+def test_a_model_behind_a_chat_endpoint_fills_its_rows(world, few, tmp_path, monkeypatch, fail):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-secret-secret")
+    with served(fail=fail) as server:
+        done = evaluate(*options(world, tmp_path / "p.json", **few, url=server.url, model="gpt"))
     rows = json.loads((tmp_path / "p.json").read_text())
     assert all(row["model_prediction"] in row["choices"] for row in rows) and "average" in done.stdout
     audio = server.requests[0][2]["messages"][0]["content"][0]["input_audio"]
     assert audio["format"] == "wav" and len(audio["data"]) > 10_000
-    assert "sk-secret" not in done.stdout + done.stderr + "".join(f.read_text() for f in tmp_path.iterdir())
+    written = [path.read_text() for path in tmp_path.glob("*.*") if path.is_file()]
+    assert "sk-secret" not in done.stdout + done.stderr + "".join(written)
+    assert "does it hear" not in done.stderr
 
 
-def test_the_papers_numbers_are_the_papers():
-    paper = DATA.parent / "paper.txt"
-    if not paper.exists():
-        pytest.skip(f"the paper is not at {paper}")
-    text = re.sub(r"</?[a-z]+>|\*\*", "", paper.read_text())
-    for table in PAPER:
-        body = text[text.index(f"\nTABLE {table}\n") :]
-        lines = [re.split(r"\t", line) for line in body.split("\n\n")[1].splitlines() if "\t" in line]
-        published = [
-            [None if x == "-" else float(x) for x in cells if re.fullmatch(r"-|\d+\.\d", x)]
-            for cells in lines
-        ]
-        published = [numbers for numbers in published if any(numbers)]
-        width = len(COLUMNS[table][1])
-        assert [numbers[-width:] for numbers in published] == [row[3] for row in paper_rows(table)]
+def test_a_server_that_does_not_hear_is_named(world, few, tmp_path):
+    with served(hears=False) as server:
+        done = evaluate(*options(world, tmp_path / "p.json", **few, url=server.url, model="gpt"))
+    assert "does it hear?" in done.stderr
 
 
-def test_the_report_has_our_numbers_beside_the_papers_and_a_page_that_stands_alone(world, whole, tmp_path):
-    for run, audio in (("base-omni", "real"), ("omni-avqa", "real"), ("omni-avqa", "none"), ("mine", "real")):
-        folder = tmp_path / run / "eval"
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = json.loads(whole[0].read_text())
-        if run == "omni-avqa":
-            rows = [row | {"model_prediction": row["answer"]} for row in rows]
-        rows[0]["question"] = "What </script><img src=x onerror=alert(1)> is it?"
-        (folder / f"mmau-mini.{audio}.json").write_text(json.dumps(rows))
-        about = {"bench": "mmau-mini", "audio": audio, "audio_dir": str(world / "audio")}
-        (folder / f"mmau-mini.{audio}.meta").write_text(json.dumps(about))
-    steps = [{"step": i, "reward": i / 9, "kl": 0.1} for i in range(1, 10)]
-    (tmp_path / "omni-avqa" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
-    markdown = evaluate("--report", tmp_path).stdout
-    low, high = (100 * x for x in wilson(300, 300))
+def test_a_server_that_refuses_gives_no_result_and_costs_no_answer_twice(world, few, tmp_path):
+    with served() as server:
+        again = options(world, tmp_path / "p.json", **few, url=server.url, model="gpt", batch_size=2)
+        answer = server.finish_request
+        asked = []
+
+        def refuse_after_nine(request, address):
+            if len(asked) == 9:
+                server.always = (400, {"error": {"message": "no such thing"}}, {})
+            answer(request, address)
+
+        record = evaluation.Evaluation.record
+
+        def counted(job, rows, bar):
+            asked.extend(row for row in rows if not row[2])
+            record(job, rows, bar)
+            if len(asked) >= 9:
+                server.always = (400, {"error": {"message": "no such thing"}}, {})
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluation.Evaluation, "record", counted)
+            refused(*again, says="in a row")
+        assert not (tmp_path / "p.json").exists()
+        server.always = None
+        before = len(server.requests)
+        evaluate(*again)
+        assert (
+            len(server.requests) - before == 24 - len(asked) + 1 and len(asked) >= 9
+        )  # and one without its clip
+
+
+def test_the_answer_is_taken_from_the_form_that_the_prompt_asks_for(world, few, tmp_path):
+    def think(text):
+        return f"<think>It is no {text['wrong']}.</think><answer>{text['right']}</answer>"
+
+    rows = json.loads(few["data"].read_text())
+    rows = [row for row in rows if row["choices"] == rows[0]["choices"]][:1] or rows[:1]
+    few["data"].write_text(json.dumps(rows))
+    right = rows[0]["answer"]
+    wrong = next(choice for choice in rows[0]["choices"] if choice != right)
+    said = think({"right": right, "wrong": wrong})
+    with served() as server:
+        server.always = (200, server_reply(said), {})
+        done = evaluate(
+            *options(world, tmp_path / "p.json", **few, url=server.url, model="gpt", prompt="think")
+        )
+    (row,) = json.loads((tmp_path / "p.json").read_text())
+    assert row["model_output"] == row["model_prediction"] == right and row["raw_output"] == said
     assert (
-        f"**100.0 [{low:.1f}, {high:.1f}]** (68.6)" in markdown
-        and f"**100.0 [{low:.1f}, {high:.1f}]** (51.7)" in markdown
+        average(done.stdout) == 100.0 and json.loads((tmp_path / "p.meta").read_text())["prompt"] == "think"
     )
-    assert "| mine | mmau-mini | real |" in markdown and "(71.3)" in markdown
-    page = (tmp_path / "report.html").read_text()
-    assert (
-        "<polyline" in page
-        and "omni-avqa" in page
-        and "http" not in page.replace("http://www.w3.org/2000/svg", "")
-    )
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
-    first = data["mmau-mini, audio real"]["questions"][0]
-    assert "</script>" in first["question"] and (tmp_path / first["audio"]).resolve().exists()
-    assert first["correct"][data["mmau-mini, audio real"]["runs"].index("omni-avqa")] == 1
+    assert "<think>" in server.requests[0][2]["messages"][0]["content"][-1]["text"]
 
 
-def test_intervals_cover_the_truth():
-    rng = np.random.default_rng(0)
-    for n, least in ((11, 0.91), (24, 0.91), (300, 0.93), (1000, 0.93)):
-        for p in (0.3, 0.5, 0.7, 0.9):
-            right = rng.binomial(n, p, 4000)
-            covered = np.mean([low <= p <= high for low, high in (wilson(k, n) for k in right)])
-            assert least <= covered <= (0.97 if n >= 300 else 1.0), (n, p, covered)
-    covered = []
-    for seed in range(250):  # averages over 3 orders of 300 questions of different difficulty
-        chance = np.random.default_rng(seed).beta(2, 2, 300)
-        values = np.random.default_rng([seed, 1]).binomial(3, chance) / 3
-        low, high = bootstrap(values, repeats=400, seed=seed)
-        covered.append(low <= 0.5 <= high)
-    assert 0.92 <= np.mean(covered) <= 0.98  # 0.95 give or take 2 standard errors of 250 simulations
-
-
-def test_mcnemar_is_the_exact_binomial_test():
-    from scipy.stats import binomtest
-
-    for better, worse in ((0, 0), (3, 1), (10, 30), (200, 170)):
-        exact = binomtest(better, better + worse).pvalue if better + worse else 1.0
-        assert mcnemar(better, worse) == pytest.approx(exact)
-
-
-def test_scores_are_grouped_and_weighted_by_question(whole):
-    summary = score(whole[0])
-    rows = json.loads(whole[0].read_text())
-    for what in ("task", "difficulty", "category", "sub-category"):
-        parts = [numbers for (name, _), numbers in summary.items() if name == what]
-        assert sum(n for *_, n in parts) == len(rows)
-        assert sum(p * n for p, *_, n in parts) / len(rows) == pytest.approx(summary["all", "all"][0])
+def server_reply(text):
+    usage = {"prompt_tokens": 9, "completion_tokens": 9}
+    return {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}
