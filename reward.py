@@ -1,40 +1,65 @@
 """Is this answer right? Eq. 2's reward for training, and the benchmarks' own string match for evaluation.
 
 The two differ on purpose. The reward is generous about form (the paper gives no format reward) but must not
-pay for a wrong answer that happens to hold the right one's letters: "Woman" contains "man". The string match
-is the rule of MMAU's and MMAR's evaluation scripts, token by token, so that our accuracies are theirs.
+pay for a wrong answer that happens to hold the right one's letters ("Woman" contains "man"), nor for naming
+every choice: Eq. 2 to the letter does, and real weights soon learned to write the whole list. The string
+match is the rule of MMAU's and MMAR's evaluation scripts, token by token, so that our accuracies are theirs.
 """
 
+import importlib.util
+import inspect
+import math
 import re
+from collections.abc import Callable
+from pathlib import Path
+
+from files import InputError
+
+# The form that each of data.PROMPTS asks for; r1-aqa's format reward checks the first.
+FORMS = {
+    "answer": r"<answer>.*</answer>",
+    "think": r"<think>.*</think>\s*<answer>.*</answer>",
+}
 
 
-def accuracy_reward(response: str, answer: str, choices: list[str], strict: bool = False) -> float:
-    """Eq. 2: 1.0 if the response contains the right answer, else 0.0; nothing else.
+def accuracy_reward(response: str, answer: str, choices: list[str]) -> float:
+    """Eq. 2: 1.0 if the response names the right answer and no wrong choice, else 0.0; nothing else."""
+    named = named_choices(response, [*choices, answer])
+    return float(named == [normalize(answer)])
 
-    Looks for every choice, case-folded, with white space collapsed, not inside a longer word. A choice found
-    only inside a longer found choice does not count ("Man" in "Man and dog"). `strict` also asks for no wrong
-    choice.
+
+def contains_reward(response: str, answer: str, choices: list[str]) -> float:
+    """Eq. 2 to the letter: 1.0 if the response contains the right answer, whatever else it names."""
+    named = named_choices(response, [*choices, answer])
+    return float(normalize(answer) in named)
+
+
+def named_choices(response: str, choices: list[str]) -> list[str]:
+    """The distinct choices that stand in the response, normalized, the longest first.
+
+    Case and white space do not matter; a choice inside a longer word, or inside a longer choice that stands
+    there, does not count: "Man and dog" does not name "Man", "Man and dog, or man" names both.
     """
-    response, answer = normalize(response), normalize(answer)
-    spans = {text: occurrences(text, response) for text in {answer, *map(normalize, choices)}}
-    found = {text for text in spans if stands_alone(text, spans)}
-    return float(answer in found and not (strict and found - {answer}))
+    response = normalize(response)
+    distinct = {normalize(choice) for choice in choices}
+    distinct.discard("")
+    named = []
+    for choice in sorted(sorted(distinct), key=len, reverse=True):
+        rest = response
+        for longer in named:
+            if choice in longer:
+                rest = whole_words(longer).sub("\n", rest)  # a blank that no choice has in it
+        if whole_words(choice).search(rest):
+            named.append(choice)
+    return named
 
 
-def normalize(text):
+def normalize(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def occurrences(text, response):
-    """Where `text` stands in `response` as whole words: a list of (start, end)."""
-    pattern = rf"(?<!\w)(?={re.escape(text)}(?!\w))"  # a look-ahead, so that overlapping ones are found too
-    return [(m.start(), m.start() + len(text)) for m in re.finditer(pattern, response)] if text else []
-
-
-def stands_alone(text, spans):
-    """Whether some occurrence of `text` lies in no occurrence of a longer choice."""
-    longer = [span for other, found in spans.items() if len(other) > len(text) for span in found]
-    return any(not any(a <= start and end <= b for a, b in longer) for start, end in spans[text])
+def whole_words(text: str) -> re.Pattern:
+    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)")
 
 
 def string_match(answer: str, prediction: str, choices: list[str]) -> bool:
@@ -43,10 +68,84 @@ def string_match(answer: str, prediction: str, choices: list[str]) -> bool:
     All of the answer's words are in the prediction, and none of the words that a choice adds to the answer's.
     An empty prediction is wrong.
     """
-    answer_words, words = tokens(answer), tokens(prediction)
-    added_by_wrong_choices = set().union(*(tokens(choice) - answer_words for choice in choices))
-    return bool(words) and answer_words <= words and not words & added_by_wrong_choices
+    right = tokens(answer)
+    said = tokens(prediction)
+    wrong = set()
+    for choice in choices:
+        wrong.update(tokens(choice) - right)
+    if not said:
+        return False
+    return right <= said and said.isdisjoint(wrong)
 
 
-def tokens(text):
+def tokens(text: str) -> set[str]:
     return set(re.findall(r"\b\w+\b", text.lower()))
+
+
+def wilson(right: float, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of the share right / total. (A bootstrap of 11 questions covers 68 %.)"""
+    z = 1.959964
+    if not total:
+        return 0.0, 1.0
+    share = right / total
+    spread = z * z / total
+    middle = share + spread / 2
+    variance = share * (1 - share) / total
+    half = z * math.sqrt(variance + spread / (4 * total))
+    low = (middle - half) / (1 + spread)
+    high = (middle + half) / (1 + spread)
+    return max(0.0, low), min(1.0, high)
+
+
+def final_answer(text: str, prompt: str) -> str:
+    """What the last <answer> tags hold where `prompt` asks for them; the whole text else, or without tags."""
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    if prompt not in FORMS or not tagged:
+        return text
+    return tagged[-1].strip()
+
+
+def format_reward(text: str, prompt: str) -> float:
+    """1.0 if the reply has the form that `prompt` asks for, each tag once and nothing around; else 0.0."""
+    if prompt not in FORMS:
+        return 0.0
+    tags = re.findall(r"</?(?:think|answer)>", text)
+    if len(tags) != len(set(tags)):
+        return 0.0
+    whole = re.fullmatch(FORMS[prompt], text.strip(), re.DOTALL)
+    return float(whole is not None)
+
+
+def find_reward(name: str) -> Callable[[str, str, list[str]], float]:
+    """--reward exact, contains or FILE.py:function -> a callable with accuracy_reward's signature.
+
+    Raises InputError if there is no such function, and later if it fails or gives no finite number.
+    """
+    if name == "exact":
+        return accuracy_reward
+    if name == "contains":
+        return contains_reward
+    file, _, wanted = name.rpartition(":")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise InputError(f"--reward {name}: exact, contains, or FILE.py:function of a file that is there")
+    spec = importlib.util.spec_from_file_location("reward_of_the_user", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        function = getattr(module, wanted)
+        inspect.signature(function).bind("response", "answer", ["choice"])
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+        wrong = f"--reward {name} is no function of (response, answer, choices): {error!r}"
+        raise InputError(wrong) from None
+
+    def reward(response: str, answer: str, choices: list[str]) -> float:
+        try:
+            value = float(function(response, answer, choices))
+        except Exception as error:
+            wrong = f"--reward {name} failed on {response!r:.200}: {error!r}"
+            raise InputError(wrong) from None
+        if not math.isfinite(value):
+            raise InputError(f"--reward {name} gave {value} for {response!r:.200}")
+        return value
+
+    return reward
