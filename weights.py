@@ -1,61 +1,81 @@
-"""The model's weights: the hub's files, into each process's shards, and back into such files.
+"""The model's weights: the hub's files to parameters and back, and the families of models.
 
-Everything here is about where weights lie; what they compute is in model.py. Sharding is PyTorch's FSDP2: one
-group for each decoder layer and each encoder layer, one for the rest, fp32 master shards that AdamW steps on
-(a bf16 weight of ordinary size cannot take a step of 1e-6), `dtype` for the compute.
+Each process reads its own rows of each weight straight from the files. What is saved keeps the base's layout:
+the hub's whole Qwen2.5-Omni gives a whole one again, with the parts that are never loaded (vision, talker,
+token2wav, the voices) copied from file to file. What the weights compute is in model.py, who holds which rows
+of them in fsdp.py.
 """
 
-import functools
 import json
 import os
+import re
 import shutil
-import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers are forked
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AudioFlamingo3ForConditionalGeneration,
     AutoConfig,
+    PreTrainedConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2AudioForConditionalGeneration,
     logging,
 )
 
-from files import InputError, write_text
+from files import InputError, parse_json, read_text
 
 logging.set_verbosity_error()  # the hub's own Qwen2.5-Omni config draws a page of warnings
+
+INDEX = "model.safetensors.index.json"
+SMALL_FILES = (  # beside the weights; nothing else of a model folder is fetched, read or copied
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "spk_dict.pt",  # Qwen2.5-Omni's voices, a pickle: copied, never read
+)
+SMALL = 64 * 2**20  # bytes; the largest that is published, tokenizer.json, has 11 MB
+MOST = {
+    "n_window": 10_000,
+    "max_source_positions": 100_000,
+    "depth": 500,
+}  # sizes that no weight's shape tells
+MOST_LAYERS = 500
+FILE_BYTES = 4 * 2**30
+WHOLE = "thinker."  # begins the names of the thinker's weights in the hub's whole Qwen2.5-Omni
+NOT_LOADED = (
+    "inv_freq",
+    "audio_bos_eos_token.weight",
+)  # ends of names: tables, and an embedding without a use
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between the two model families."""
+    """What differs between the families of models."""
 
     model_class: type
-    names: tuple  # (prefix of transformers' parameter names, prefix in the hub's files)
+    names: tuple[tuple[str, str], ...]  # (prefix of transformers' parameter names, prefix in the hub's files)
     before_audio: str  # chat template around the audio tokens, as published
     after_audio: str
-    padding_frames: (
-        int  # frames after the clip that the encoder needs to see (its convolution looks one ahead)
-    )
+    windows: int = 1  # how many times the feature extractor's length the processor hears
 
 
 OMNI = Family(
@@ -67,68 +87,202 @@ OMNI = Family(
     ),
     "<|audio_bos|>",
     "<|audio_eos|>",
-    0,
+)
+WHISPER_NAMES = (
+    ("model.language_model.", "language_model.model."),
+    ("model.audio_tower.", "audio_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("lm_head.", "language_model.lm_head."),
 )
 QWEN2_AUDIO = Family(
-    Qwen2AudioForConditionalGeneration,
-    (
-        ("model.language_model.", "language_model.model."),
-        ("model.audio_tower.", "audio_tower."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-        ("lm_head.", "language_model.lm_head."),
-    ),
-    "Audio 1: <|audio_bos|>",
-    "<|audio_eos|>\n",
-    1,
+    Qwen2AudioForConditionalGeneration, WHISPER_NAMES, "Audio 1: <|audio_bos|>", "<|audio_eos|>\n"
 )
-FAMILIES = {"qwen2_5_omni": OMNI, "qwen2_5_omni_thinker": OMNI, "qwen2_audio": QWEN2_AUDIO}
+AUDIO_FLAMINGO3 = Family(AudioFlamingo3ForConditionalGeneration, WHISPER_NAMES, "", "", windows=20)
+FAMILIES = {
+    "qwen2_5_omni": OMNI,
+    "qwen2_5_omni_thinker": OMNI,
+    "qwen2_audio": QWEN2_AUDIO,
+    "audioflamingo3": AUDIO_FLAMINGO3,
+}
 
 
-def find_model(path, config_only=False) -> Path:
-    """A local folder as it is, a hub name downloaded (no pickles). Raises InputError if it is neither."""
-    wanted = ["config.json"] if config_only else ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+# ------------------------------------------------------------------------------------- a checkpoint's small files
+
+
+def find_model(path: Path | str, config_only: bool = False) -> Path:
+    """A local folder as it is, a hub name downloaded. Raises InputError if it is neither, or not to be read."""
     folder = Path(path)
-    if not folder.is_dir():
-        if folder.exists() or len(folder.parts) != 2 or str(path).startswith((".", "/", "~")):
+    if not os.path.isdir(folder):
+        if os.path.exists(folder) or len(folder.parts) != 2 or str(path).startswith((".", "/", "~")):
             raise InputError(
                 f"no model folder at {path}: give a checkpoint folder, or a hub name as owner/name"
             )
+        wanted = ["config.json"]
+        if not config_only:
+            wanted = [*SMALL_FILES, INDEX, "*.safetensors"]
         try:
             folder = Path(snapshot_download(str(path), allow_patterns=wanted))
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"{path} is no local folder and cannot be fetched from the hub: {reason}"
+                f"{path} is no local folder and cannot be fetched from the hub: {first_line(error)}"
             ) from None
-    if not (folder / "config.json").exists():
+    if not os.path.lexists(folder / "config.json"):
         raise InputError(f"{folder} has no config.json: not a checkpoint folder")
+    for name in SMALL_FILES:
+        if os.path.lexists(folder / name) and file_of(folder, name).stat().st_size > SMALL:
+            raise InputError(f"{folder}/{name} is larger than {SMALL >> 20} MiB: not a checkpoint's")
     return folder
 
 
-def read_config(folder):
-    """The language side's config: for the hub's whole Qwen2.5-Omni, its thinker's."""
+def first_line(error: Exception) -> str:
+    """What a library says is wrong, which may be a page or nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def file_of(folder: Path, name: Any) -> Path:
+    """A regular file of a model folder. A link is followed within the folder or its hub cache only."""
+    home = folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"{folder}/config.json cannot be read: {str(error).splitlines()[0]}") from None
-    config = getattr(config, "thinker_config", config)
-    if config.model_type not in FAMILIES:
-        raise InputError(f"{folder} holds a {config.model_type}; supported: {', '.join(FAMILIES)}")
+        path = (folder / name).resolve()
+        leads_out = not any(path.parent == place for place in allowed)
+        regular = path.is_file()
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: no file can have the name {name!r} ({first_line(error)})") from None
+    if leads_out:
+        raise InputError(f"{folder}/{name} leads out of the model folder: put the file itself there")
+    if not regular:
+        raise InputError(f"{folder}/{name} is missing, or no regular file: fetch the checkpoint again")
+    return folder / name
+
+
+def read_small_file(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of the checkpoint, {} where it is absent. Raises InputError if it holds no JSON object."""
+    if not os.path.lexists(folder / name):
+        return {}
+    path = file_of(folder, name)
+    if path.stat().st_size > SMALL:
+        raise InputError(f"{path} is larger than {SMALL >> 20} MiB: not a checkpoint's")
+    try:
+        value = parse_json(read_text(path))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return value
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The language side's config: for the hub's whole Qwen2.5-Omni, its thinker's. Raises InputError."""
+    raw = read_small_file(folder, "config.json")
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise InputError(f"{folder} holds a model of type {kind!r}; supported: {', '.join(FAMILIES)}")
+    check_sizes(raw, folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = getattr(config, "thinker_config", config)
+        sizes = (config.text_config.vocab_size, config.audio_config.num_mel_bins, config.audio_token_id)
+    except Exception as error:  # whatever a malformed file makes the library raise
+        raise InputError(f"{folder}/config.json cannot be read: {first_line(error)}") from None
+    if not all(type(size) is int and size > 0 for size in sizes) or sizes[2] >= sizes[0]:
+        raise InputError(f"{folder}/config.json: vocab_size, num_mel_bins or audio_token_id makes no sense")
     return config
 
 
-def weight_files(folder) -> dict:
-    """Every weight's name in the folder's safetensors files -> its file."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    if not (folder / "model.safetensors").exists():
-        raise InputError(f"{folder} has no safetensors weights (other formats are not read)")
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return dict.fromkeys(file.keys(), folder / "model.safetensors")
+def check_sizes(config: dict[str, Any], folder: Path) -> None:
+    """Refuse numbers that would cost hours or terabytes before any weight's shape could contradict them."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_sizes(value, folder)
+        most = MOST.get(key)
+        if key.endswith("layers"):
+            most = MOST_LAYERS
+        if most and isinstance(value, int | float) and not 0 <= value <= most:
+            raise InputError(f"{folder}/config.json: {key} is {value}; it lies between 0 and {most}")
 
 
-def hub_name(name, family) -> str:
+def check_extractor(folder: Path, mels: int) -> None:
+    """Refuse a feature extractor of other numbers than Whisper's, before its tables are made."""
+    values = read_small_file(folder, "preprocessor_config.json")
+    values = values or read_small_file(folder, "processor_config.json").get("feature_extractor")
+    if not values or not isinstance(values, dict):
+        raise InputError(f"{folder} has no preprocessor_config.json with a feature extractor")
+    published = {"feature_size": mels, "sampling_rate": 16_000, "hop_length": 160, "n_fft": 400}
+    for key, value in published.items():
+        if values.get(key, value) != value:
+            raise InputError(f"{folder}: the feature extractor's {key} is {values[key]!r}, not {value}")
+    seconds = values.get("chunk_length", 30)
+    if type(seconds) is not int or not 1 <= seconds <= 3600:
+        raise InputError(f"{folder}: the feature extractor's chunk_length is {seconds!r}, not 1 to 3600 s")
+
+
+# -------------------------------------------------------------------------------------------- files to parameters
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Every weight's name in the folder's safetensors files -> its file. Raises InputError."""
+    if not os.path.lexists(folder / INDEX):
+        if not os.path.lexists(folder / "model.safetensors"):
+            raise InputError(f"{folder} has no safetensors weights (other formats are not read)")
+        path = file_of(folder, "model.safetensors")
+        return dict.fromkeys(opened(path).keys(), path)
+    listed = read_small_file(folder, INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise InputError(f"{folder}/{INDEX} has no weight_map")
+    paths = {}
+    for name in listed.values():
+        if not isinstance(name, str):
+            raise InputError(f"{folder}/{INDEX} names a file {name!r}")
+        if name not in paths:
+            paths[name] = file_of(folder, name)
+    return {weight: paths[name] for weight, name in listed.items()}
+
+
+def opened(path: Path) -> safe_open:
+    """A safetensors file, its header checked against its length. Raises InputError that names it."""
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} is no whole safetensors file ({first_line(error)}): cut off, or a git-lfs pointer? "
+            "Fetch it again"
+        ) from None
+
+
+class Weights:
+    """A checkpoint's weights by name, its files opened once each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files = weight_files(folder)
+        self.is_whole = any(name.startswith(WHOLE) for name in self.files)
+        self.handles = {}
+
+    def rows(self, name: str) -> Any:
+        """safetensors' slice of a weight: its shape and dtype, and any rows of it. Raises InputError."""
+        if name not in self.files:
+            raise InputError(
+                f"{self.folder} has no weight named {name}: incomplete, or of another kind of model"
+            )
+        path = self.files[name]
+        if path not in self.handles:
+            self.handles[path] = opened(path)
+        try:
+            return self.handles[path].get_slice(name)
+        except SafetensorError:
+            raise InputError(f"{path} has no weight named {name}, though the index says so") from None
+
+    def stored_name(self, name: str, family: Family) -> str:
+        """transformers' parameter name -> the name in these files."""
+        prefix = WHOLE if self.is_whole else ""
+        return prefix + hub_name(name, family)
+
+
+def hub_name(name: str, family: Family) -> str:
     """transformers' parameter name -> the name in the hub's files (without Qwen2.5-Omni's "thinker.")."""
     for ours, theirs in family.names:
         if name.startswith(ours):
@@ -136,15 +290,18 @@ def hub_name(name, family) -> str:
     return name
 
 
-def empty_model(folder, audio=True):
+def empty_model(folder: Path, audio: bool = True) -> nn.Module:
     """The model on the meta device (shapes, no memory), without the parts that no question of ours can use.
 
     The vision tower, the unused begin/end-of-audio embedding and, with audio=False, the audio side can never
     get a gradient: they are not loaded at all, and `save_model` copies them from the base checkpoint's files.
     """
     config = read_config(folder)
-    with torch.device("meta"):
-        model = FAMILIES[config.model_type].model_class(config)
+    try:
+        with torch.device("meta"):
+            model = FAMILIES[config.model_type].model_class(config)
+    except Exception as error:  # sizes that do not fit together
+        raise InputError(f"{folder}/config.json describes no model: {first_line(error)}") from None
     unused = [(model.model, "visual"), (model.model.audio_tower, "audio_bos_eos_token")]
     if not audio:
         unused += [(model.model, "audio_tower"), (model.model, "multi_modal_projector")]
@@ -154,220 +311,207 @@ def empty_model(folder, audio=True):
     return model
 
 
-@torch.no_grad()
-def read_weights(lm):
-    """Copy each weight, or this process's rows of it, from its file: FSDP splits dimension 0 evenly."""
-    files = weight_files(lm.folder)
-    prefix = "thinker." if any(name.startswith("thinker.") for name in files) else ""
-    handles = {}
-    for name, parameter in lm.model.named_parameters():
-        stored = prefix + hub_name(name, lm.prompts.family)
-        if stored not in files:
-            raise InputError(
-                f"{lm.folder} has no weight named {stored}: incomplete, or of another kind of model"
-            )
-        if files[stored] not in handles:
-            handles[files[stored]] = safe_open(files[stored], "pt")
-        rows, target, start = handles[files[stored]].get_slice(stored), parameter, 0
+def check_weights(model: nn.Module, family: Family, folder: Path) -> None:
+    """Compare the model's parameters with the files' headers, before it gets any memory. Raises InputError."""
+    weights = Weights(folder)
+    wanted = set()
+    for name, parameter in model.named_parameters():
+        stored = weights.stored_name(name, family)
+        rows = weights.rows(stored)
+        wanted.add(stored)
         if rows.get_shape() != list(parameter.shape):
             raise InputError(
-                f"{lm.folder}: {stored} is {rows.get_shape()}, config.json says {list(parameter.shape)}"
+                f"{folder}: {stored} is {rows.get_shape()}, config.json says {list(parameter.shape)}"
             )
-        if isinstance(parameter, DTensor):
-            target, mesh = parameter.to_local(), parameter.device_mesh
-            start = mesh.get_local_rank(mesh.ndim - 1) * -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
-        if target.numel():
-            target.copy_(rows[start : start + target.shape[0]] if target.ndim else rows[:])
+        if rows.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise InputError(
+                f"{folder}: {stored} is stored as {rows.get_dtype()}: quantized weights are not read"
+            )
+    for ours, _ in family.names:
+        prefix = weights.stored_name(ours, family)
+        if not any(name.startswith(prefix) for name in wanted):
+            continue
+        for name in weights.files:
+            if name.startswith(prefix) and name not in wanted and not name.endswith(NOT_LOADED):
+                raise InputError(f"{folder} has a weight {name}, for which config.json has no place")
 
 
 @torch.no_grad()
-def save_model(lm, out, dtype, file_bytes=4 * 2**30):
-    """A checkpoint folder with every weight of the class under its hub name, in `dtype`; renamed into place.
+def read_weights(lm: nn.Module) -> None:
+    """Copy each weight, or this process's rows of it, from its file: FSDP splits dimension 0 evenly."""
+    weights = Weights(lm.folder)
+    for name, parameter in lm.model.named_parameters():  # a tied lm_head is in it once, as the embedding
+        stored = weights.stored_name(name, lm.prompts.family)
+        rows = weights.rows(stored)
+        target = parameter
+        start = 0
+        if isinstance(parameter, DTensor):
+            target = parameter.to_local()
+            mesh = parameter.device_mesh
+            each = -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
+            start = mesh.get_local_rank(mesh.ndim - 1) * each
+        if target.numel():
+            target.copy_(rows[start : start + target.shape[0]])
 
-    Weights that were not loaded are copied from the base's files, tokenizer, feature extractor, generation
-    config and chat template too. Gathers one weight at a time; rank 0 writes files of at most 4 GiB.
+
+# -------------------------------------------------------------------------------------------- parameters to files
+
+
+@torch.no_grad()
+def save_model(
+    lm: nn.Module, out: Path, dtype: torch.dtype, parts: str = "all", card: dict[str, Any] | None = None
+) -> None:
+    """A checkpoint folder in the base's layout, the trained weights in `dtype`; renamed into place. Collective.
+
+    parts="thinker" leaves the talker and the like away: the thinker's own layout. What was not loaded is copied
+    from the base's files as it is. Gathers one weight at a time; the first process writes. Raises InputError,
+    in all processes and without touching `out`, if the disk is full or a weight is not finite.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    scratch, base = out.with_name(out.name + ".writing"), weight_files(lm.folder)
-    prefix = "thinker." if any(name.startswith("thinker.") for name in base) else ""
-    trained = {prefix + hub_name(name, lm.prompts.family): p for name, p in lm.model.named_parameters()}
-    if first:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    where, batch, size = {}, {}, 0
-    names = [name for name in base if name.startswith(prefix)]
-    for name in names:
-        if name in trained:
-            weight = trained[name].detach()
-            weight = (weight.full_tensor() if isinstance(weight, DTensor) else weight).to("cpu", dtype)
-        if not first:
-            continue
-        if name not in trained:
-            with safe_open(base[name], "pt") as file:
-                weight = file.get_tensor(name)
-        batch[name.removeprefix(prefix)] = weight.contiguous()
-        size += weight.nbytes
-        if size >= file_bytes or name == names[-1]:
-            file = f"model-{len(set(where.values())) + 1:05d}.safetensors"
-            save_file(batch, scratch / file, metadata={"format": "pt"})
-            where.update(dict.fromkeys(batch, file))
-            batch, size = {}, 0
-    if first:
-        (scratch / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": where})
-        )
-        write_companions(lm, scratch, dtype)
-        shutil.rmtree(out, ignore_errors=True)
-        scratch.rename(out)
+    base = Weights(lm.folder)
+    strip = WHOLE if base.is_whole and parts == "thinker" else ""
+    names = [name for name in base.files if name.startswith(strip)]
+    weights = whole_weights(lm, base, names)
+    scratch = out.with_name(out.name + ".writing")
+    failures = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            write_weights(weights, base, scratch, dtype, strip)
+            write_small_files(lm, scratch, dtype, strip, card)
+            shutil.rmtree(out, ignore_errors=True)
+            scratch.rename(out)
+        except (InputError, SafetensorError, OSError) as error:
+            failures = [f"the model cannot be saved to {out}: {first_line(error)}"]
+            shutil.rmtree(scratch, ignore_errors=True)
+    for _ in weights:  # a gather needs all processes, whether anything is written or not
+        pass
     if dist.is_initialized():
-        dist.barrier()
+        dist.broadcast_object_list(failures)
+    if failures[0]:
+        raise InputError(failures[0])
 
 
-def write_companions(lm, folder, dtype):
-    config = read_config(lm.folder)
-    config.dtype, config.architectures = dtype, [lm.prompts.family.model_class.__name__]
-    config.save_pretrained(folder)
-    for file in lm.folder.iterdir():
-        skipped = file.name == "config.json" or file.name.endswith(".index.json")
-        if file.suffix in (".json", ".txt", ".jinja") and not skipped:
-            shutil.copyfile(file, folder / file.name)
+def whole_weights(lm: nn.Module, base: Weights, names: list[str]) -> Iterator[tuple[str, Tensor | None]]:
+    """Each of the files' names with the trained weight, None where it was not loaded. A gather each."""
+    trained = {}
+    for name, parameter in lm.model.named_parameters(remove_duplicate=False):
+        trained[base.stored_name(name, lm.prompts.family)] = (name, parameter)
+    for stored in names:
+        weight = None
+        if stored in trained:
+            name, parameter = trained[stored]
+            weight = parameter.detach()
+            if isinstance(weight, DTensor):
+                weight = weight.full_tensor()
+            weight = lm.merged(name, weight)
+        yield stored, weight
 
 
-# ------------------------------------------------------------------------------------ processes and sharding
+def write_weights(
+    weights: Iterator[tuple[str, Tensor | None]], base: Weights, folder: Path, dtype: torch.dtype, strip: str
+) -> None:
+    """Files of at most `FILE_BYTES` (a larger weight has its own), and their index."""
+    where = {}
+    batch = {}
+    size = 0
+    total = 0
+    for stored, weight in weights:
+        if weight is None:
+            weight = base.rows(stored)[:]
+        else:
+            weight = weight.to("cpu", dtype, copy=True).contiguous()  # no memory under two names in a file
+            if not weight.isfinite().all():
+                raise InputError(f"{stored} has values that are not finite numbers")
+        if batch and size + weight.nbytes > FILE_BYTES:
+            write_batch(batch, folder, where)
+            batch = {}
+            size = 0
+        batch[stored.removeprefix(strip)] = weight
+        size += weight.nbytes
+        total += weight.nbytes
+    write_batch(batch, folder, where)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def start_processes(minutes=30, replicas=1):
-    """Join torchrun's processes, or be the only one. Returns (rank, world size, device)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if world % replicas:
-        raise InputError(f"--replicas {replicas} does not divide the {world} processes")
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.accelerator.is_available():
-        if local >= torch.accelerator.device_count():
-            raise InputError(
-                f"--nproc_per_node is more than the {torch.accelerator.device_count()} GPUs here"
-            )
-        torch.accelerator.set_device_index(local)
-        device = torch.device(torch.accelerator.current_accelerator().type, local)
-        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-    store = None if "RANK" in os.environ else dist.HashStore()
-    limit = timedelta(minutes=minutes)  # a hung collective ends the run
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    # The order of additions decides the last bit, and a resumed run must give the same weights.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    return rank, world, device
+def write_batch(batch: dict[str, Tensor], folder: Path, where: dict[str, str]) -> None:
+    """One safetensors file, noted in `where`."""
+    file = f"model-{len(set(where.values())) + 1:05d}.safetensors"
+    save_file(batch, folder / file, metadata={"format": "pt"})
+    where.update(dict.fromkeys(batch, file))
 
 
-class Stop:
-    """Remembers SIGTERM and SIGINT: a step is given up between questions, where all processes agree."""
+def write_small_files(
+    lm: nn.Module, folder: Path, dtype: torch.dtype, strip: str, card: dict[str, Any] | None
+) -> None:
+    """The base's config with the new dtype, its tokenizer and the like as they are, and the model card."""
+    for name in SMALL_FILES[1:]:
+        if os.path.lexists(lm.folder / name):
+            shutil.copyfile(file_of(lm.folder, name), folder / name)
+    config = read_small_file(lm.folder, "config.json")
+    thinker = config.get("thinker_config", config)
+    if strip:
+        (folder / "spk_dict.pt").unlink(missing_ok=True)
+        thinker["architectures"] = [lm.prompts.family.model_class.__name__]
+        config = thinker
+    named = str(dtype).removeprefix("torch.")
+    if "torch_dtype" not in config:  # the name of before 2026
+        config["dtype"] = named
+    for part in (config, thinker, thinker["text_config"], thinker["audio_config"]):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key):
+                part[key] = named
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if card is not None:
+        (folder / "README.md").write_text(model_card(card), encoding="utf-8")
 
-    signal = 0
 
-    def __call__(self, number, frame):
-        self.signal = number
+# ------------------------------------------------------------------------------------------------ the model card
 
 
-STOP = Stop()
+def model_card(card: dict[str, Any]) -> str:
+    """README.md of a saved folder: base, data, steps and settings as they were given, for people and the hub.
 
-
-def ignore_signals(worker):
-    """DataLoader workers end with their parent, not with the terminal's Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def gather(value):
-    """One Python value per process -> the list of all."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def shard(lm, mesh, dtype, reshard, cpu_offload=False):
-    """Shard with FSDP2, before or after the weights are read. `mesh` is 1-D, or 2-D (replicate, shard).
-
-    reshard=False gathers each group once per optimizer step, at the first prefill, and keeps it through
-    rollouts, scoring and backward until `release`. reshard=True frees each layer after use: a layer's memory
-    instead of the model's, for a gather per layer and token. Gradients are reduced after each question in
-    fp32, so that accumulating costs a shard's memory and not the model's.
+    The front matter names hub repositories only: the hub refuses a base or data set that it does not know.
     """
-    options = {
-        "mesh": mesh,
-        "reshard_after_forward": reshard,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        ),
-        "offload_policy": CPUOffloadPolicy(torch.accelerator.is_available())
-        if cpu_offload
-        else OffloadPolicy(),
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "audio-text-to-text",
+        "tags": ["audio", "audio-question-answering", "grpo", "omni-r1"],
     }
-    for group in groups(lm.model):
-        fully_shard(group, **options)
-    fully_shard(lm, **options)
-    lm.set_reshard_after_backward(reshard)
-    lm.lockstep = reshard
+    bases = hub_repositories([card["base"]])
+    if bases:
+        front["base_model"] = bases[0]
+    datasets = hub_repositories(card["data"])
+    if datasets:
+        front["datasets"] = datasets
+    lines = ["---"]
+    for key, value in front.items():
+        lines.append(f"{key}: {json.dumps(value)}")  # JSON is YAML
+    lines += [
+        "---",
+        "",
+        f"# {card['base']}, fine-tuned with GRPO on audio questions",
+        "",
+        f"- base: `{card['base']}`",
+        f"- data: {', '.join(f'`{name}`' for name in card['data'])}",
+        f"- steps: {card['steps']}",
+        "- recipe: GRPO with a reward for the right answer, after Omni-R1 (arXiv 2505.09439), Equations 1 to 4",
+        "",
+        "| setting | value |",
+        "|---|---|",
+    ]
+    for key, value in card["settings"].items():
+        lines.append(f"| {key} | `{value}` |")
+    return "\n".join(lines) + "\n"
 
 
-def groups(model):
-    """The modules that are gathered one at a time: every layer, and the two vocabulary-sized matrices."""
-    tower = getattr(model.model, "audio_tower", None)
-    text = model.model.language_model
-    return [*text.layers, *(tower.layers if tower else []), text.embed_tokens, model.lm_head]
-
-
-def release(lm):
-    """Free the gathered weights: the optimizer has moved the shards, so they are out of date."""
-    for module in lm.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def checkpoint_activations(lm):
-    """Keep only each layer's input for the backward pass and compute the rest again (before `shard`)."""
-    for layer in groups(lm.model)[:-2]:
-        layer.forward = functools.partial(
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-        )
-
-
-# --------------------------------------------------------------------------------------------- checkpoints
-
-
-def checkpoints(out):
-    """The run's complete checkpoints, oldest first."""
-    return sorted(f for f in Path(out).glob("checkpoints/step-*") if (f / "run.json").exists())
-
-
-def save_checkpoint(out, step, tensors, about, keep):
-    """Write checkpoints/step-N beside its name, rename it, remove all but the last `keep`. Collective.
-
-    `tensors` (shards or whole) go through torch.distributed.checkpoint, so any number of processes can load
-    them; `about` is the JSON beside them.
-    """
-    folder = Path(out) / "checkpoints" / f"step-{step:06d}"
-    scratch = folder.with_name("writing")
-    if dist.get_rank() == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    dist.barrier()
-    try:
-        dcp.save(tensors, checkpoint_id=scratch)
-    except CheckpointException as error:
-        why = next(iter(error.failures.values()))[0]
-        raise InputError(
-            f"the checkpoint of step {step} cannot be written ({why}); the last is intact"
-        ) from None
-    if dist.get_rank() == 0:
-        write_text(scratch / "run.json", json.dumps(about, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
-        for old in checkpoints(out)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-
-
-def load_checkpoint(folder, tensors):
-    """Fill `tensors` in place with what `save_checkpoint` wrote, under this number of processes."""
-    dcp.load(tensors, checkpoint_id=folder)
+def hub_repositories(names: list[str]) -> list[str]:
+    """Those that are owner/name on the hub and no path here."""
+    found = []
+    for name in names:
+        is_file = name.endswith((".json", ".jsonl", ".csv")) or os.path.exists(name)
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not is_file:
+            found.append(name)
+    return found

@@ -17,6 +17,7 @@ import random
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,11 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import soundfile
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5OmniConfig,
@@ -39,7 +38,7 @@ from transformers import (
 )
 
 from data import Question, prompt_text
-from model import KVCache, Prompt, load_model
+from model import load_model
 from weights import hub_name
 
 CONTENTS = {  # category -> names; their order gives each its sound
@@ -399,7 +398,7 @@ def heard_alone(lm, examples):
     """The same clips with nothing but their audio tokens: a quarter of the tokens to learn hearing from."""
     audio = lm.prompts.audio_token_id
     return [
-        (Prompt(prompt.input_ids[prompt.input_ids == audio], prompt.input_features), right, 0.0)
+        (replace(prompt, input_ids=prompt.input_ids[prompt.input_ids == audio]), right, 0.0)
         for prompt, right, _ in examples
         if prompt.input_features is not None
     ]
@@ -414,15 +413,9 @@ def fit(lm, examples, rng, steps, batch, peak_rate):
         chosen = rng.sample(examples, batch)
         said = [UNCLEAR if rng.random() < unclear else right for _, right, unclear in chosen]
         answers = [torch.tensor(lm.prompts.template(text) + end) for text in said]
-        prompts = [prompt.input_ids for prompt, _, _ in chosen]
-        ids = pad_sequence([torch.cat(pair) for pair in zip(prompts, answers, strict=True)], batch_first=True)
-        target = torch.full_like(ids, -100)
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            target[i, len(prompt) : len(prompt) + len(answer)] = answer
-        features = [p.input_features for p, _, _ in chosen if p.input_features is not None]
-        positions, places = torch.arange(ids.shape[1]).expand_as(ids), ids == lm.prompts.audio_token_id
-        logits = lm(ids, positions, None, KVCache(), features, places)
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target[:, 1:].flatten())
+        prompts = [prompt for prompt, _, _ in chosen]
+        loss = -lm.score(prompts, [[answer] for answer in answers]).logps.sum()
+        loss = loss / sum(len(answer) for answer in answers)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()

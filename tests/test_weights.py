@@ -1,0 +1,486 @@
+"""Laws of the files: what is saved has the base's layout and loads everywhere; what is malformed is one line."""
+
+import json
+import os
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForMultimodalLM,
+    Qwen2_5OmniConfig,
+    Qwen2_5OmniForConditionalGeneration,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen2AudioForConditionalGeneration,
+)
+
+import weights
+from data import Question
+from files import InputError
+from model import load_model
+from weights import find_model, read_small_file
+
+QUESTION = Question("1", "What sounds?", ("dog", "bird"), "dog", None, {})
+
+# vllm/model_executor/models/qwen2_5_omni_thinker.py, hf_to_vllm_mapper (the last match in order wins a prefix
+# once each), and load_weights' skip_prefixes.
+VLLM_NAMES = {
+    "thinker.lm_head.": "language_model.lm_head.",
+    "thinker.model.": "language_model.model.",
+    "thinker.": "",
+}
+VLLM_SKIPS = ("talker.", "token2wav.")
+
+
+def small_files(source, folder):
+    """The tokenizer and the like of a tiny model."""
+    for name in weights.SMALL_FILES:
+        if (source / name).exists() and name != "config.json":
+            shutil.copyfile(source / name, folder / name)
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """A base as the hub has it, made by transformers' own class: thinker, talker, token2wav, voices."""
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    config = Qwen2_5OmniConfig.from_pretrained(world / "model")
+    config.enable_audio_output = True
+    dit = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8, "emb_dim": 8}
+    dit |= {"num_embeds": 9, "enc_emb_dim": 8, "enc_dim": 8, "enc_channels": [8, 8, 8, 8, 8]}
+    dit |= {"enc_attention_channels": 4, "enc_res2net_scale": 2, "enc_se_channels": 4, "mel_dim": 8}
+    vocoder = {"mel_dim": 8, "upsample_initial_channel": 64}
+    raw = config.to_dict()
+    raw["token2wav_config"] = {"dit_config": dit, "bigvgan_config": vocoder}
+    torch.manual_seed(0)
+    model = Qwen2_5OmniForConditionalGeneration(Qwen2_5OmniConfig(**raw))
+    model.save_pretrained(folder)
+    torch.save({"Ethan": {"bos_token": 1, "cond": torch.zeros(2)}}, folder / "spk_dict.pt")
+    small_files(world / "model", folder)
+    return folder
+
+
+def shapes(folder):
+    """name -> (shape, dtype) of every weight in the folder."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no dict)
+                part = opened.get_slice(name)
+                found[name] = (tuple(part.get_shape()), part.get_dtype())
+    return found
+
+
+def tensors(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found.update(load_file(file))
+    return found
+
+
+def changed(folder):
+    """A model as training leaves it: all that is loaded has moved."""
+    lm = load_model(folder)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.mul_(1.01)
+    return lm
+
+
+def score(lm):
+    prompt = lm.encode(QUESTION, waveform=torch.linspace(-0.1, 0.1, 8000).numpy())
+    answer = torch.tensor(lm.prompts.template("dog bird"))
+    return lm.log_probs(prompt, [answer])[0]
+
+
+def test_a_whole_base_gives_a_whole_model_that_everything_loads(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "FILE_BYTES", 300_000)  # several files
+    lm = changed(whole)
+    lm.save(tmp_path / "saved")
+    saved = tmp_path / "saved"
+    assert len(list(saved.glob("*.safetensors"))) > 3
+    assert shapes(saved) == shapes(whole)
+    assert (saved / "spk_dict.pt").read_bytes() == (whole / "spk_dict.pt").read_bytes()
+    assert json.loads((saved / "config.json").read_text()) == json.loads((whole / "config.json").read_text())
+
+    theirs, info = Qwen2_5OmniForConditionalGeneration.from_pretrained(saved, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    base = tensors(whole)
+    for name, value in theirs.state_dict().items():
+        ours = name.removeprefix("thinker.")
+        if name.startswith("thinker.") and ours in lm.model.state_dict():
+            assert torch.equal(value, lm.model.state_dict()[ours]), name
+        elif not name.startswith("thinker."):
+            assert torch.equal(value, base[name]), name
+    assert theirs.speaker_map.keys() == {"Ethan"}
+    assert isinstance(AutoModelForMultimodalLM.from_pretrained(saved), Qwen2_5OmniForConditionalGeneration)
+    assert torch.equal(score(load_model(saved)), score(lm))
+
+    mapped = set()
+    for name in shapes(saved):
+        for old, new in VLLM_NAMES.items():
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+        if not name.startswith(VLLM_SKIPS):
+            mapped.add(name)
+    expected = set()  # vLLM's thinker has visual, audio_tower and language_model
+    for name, _ in theirs.thinker.named_parameters():
+        if name.startswith("lm_head."):
+            expected.add("language_model." + name)
+        elif name.startswith("model.language_model."):
+            expected.add("language_model.model." + name.removeprefix("model.language_model."))
+        else:
+            expected.add(name.removeprefix("model."))
+    assert mapped == expected
+
+
+def test_the_thinker_alone_has_its_own_layout(whole, tmp_path):
+    lm = changed(whole)
+    lm.save(tmp_path / "thinker", parts="thinker")
+    names = shapes(tmp_path / "thinker")
+    assert names == {
+        name.removeprefix("thinker."): shape
+        for name, shape in shapes(whole).items()
+        if name.startswith("thinker.")
+    }
+    assert not (tmp_path / "thinker" / "spk_dict.pt").exists()
+    theirs, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+        tmp_path / "thinker", output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert torch.equal(theirs.lm_head.weight, lm.model.lm_head.weight)
+    again = load_model(tmp_path / "thinker")
+    assert torch.equal(score(again), score(lm))
+    again.save(tmp_path / "again")  # a base in the thinker's layout gives the thinker's
+    assert shapes(tmp_path / "again") == names
+    first = tensors(tmp_path / "thinker")
+    for name, value in tensors(tmp_path / "again").items():
+        assert torch.equal(value, first[name]), name
+
+
+def test_saved_in_bf16_the_config_says_so_and_copies_stay_as_they_are(whole, tmp_path):
+    lm = changed(whole)
+    lm.save(tmp_path / "saved", torch.bfloat16)
+    found = shapes(tmp_path / "saved")
+    assert found["thinker.lm_head.weight"][1] == "BF16" and found["thinker.visual.merger.ln_q.weight"][1] == "F32"
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and config["model_type"] == "qwen2_5_omni"
+    thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype="auto")
+    assert thinker.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_qwen2_audio_loads_where_its_base_did(world_qwen2audio, tmp_path):
+    lm = changed(world_qwen2audio / "model")
+    lm.save(tmp_path / "saved")
+    assert shapes(tmp_path / "saved") == shapes(world_qwen2audio / "model")
+    theirs, info = Qwen2AudioForConditionalGeneration.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    state = lm.model.state_dict()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("family", ["omni", "qwen2audio"])
+def test_tied_embeddings_are_one_parameter_loaded_and_saved(family, world, world_qwen2audio, tmp_path):
+    source = {"omni": world, "qwen2audio": world_qwen2audio}[family] / "model"
+    base = tmp_path / "base"
+    shutil.copytree(source, base)
+    config = json.loads((base / "config.json").read_text())
+    thinker = config.get("thinker_config", config)
+    thinker["tie_word_embeddings"] = True
+    thinker["text_config"]["tie_word_embeddings"] = True
+    (base / "config.json").write_text(json.dumps(config))
+    kept = tensors(base)
+    for name in list(kept):
+        if name.endswith("lm_head.weight") and "talker" not in name:
+            del kept[name]
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    lm = changed(base)
+    text = lm.model.model.language_model
+    assert lm.model.lm_head.weight is text.embed_tokens.weight
+    assert [name for name, _ in lm.model.named_parameters() if "lm_head" in name] == []
+    score(lm).sum().backward()
+    assert text.embed_tokens.weight.grad.abs().sum() > 0
+    lm.save(tmp_path / "saved")
+    assert shapes(tmp_path / "saved") == shapes(base)
+    assert torch.equal(score(load_model(tmp_path / "saved")), score(lm))
+    theirs = lm.prompts.family.model_class.from_pretrained(tmp_path / "saved")
+    assert torch.equal(theirs.lm_head.weight, text.embed_tokens.weight)
+
+
+def test_without_audio_the_audio_side_is_not_loaded_but_saved(whole, tmp_path):
+    deaf = load_model(whole, audio=False)
+    assert not any("audio_tower" in name for name, _ in deaf.named_parameters())
+    deaf.save(tmp_path / "saved")
+    base = tensors(whole)
+    for name, value in tensors(tmp_path / "saved").items():
+        assert torch.equal(value, base[name]), name
+
+
+def test_what_merges_into_the_weights_is_saved_merged(whole, tmp_path):
+    lm = load_model(whole)
+    lm.merged = lambda name, weight: weight + 1 if name.endswith("0.self_attn.q_proj.weight") else weight
+    lm.save(tmp_path / "saved")
+    base = tensors(whole)
+    moved = [name for name, value in tensors(tmp_path / "saved").items() if not torch.equal(value, base[name])]
+    assert sorted(moved) == [
+        "thinker.audio_tower.layers.0.self_attn.q_proj.weight",
+        "thinker.model.layers.0.self_attn.q_proj.weight",
+    ]
+
+
+def test_the_card_names_what_was_given(world, tmp_path):
+    lm = load_model(world / "model")
+    card = {"base": "Qwen/Qwen2.5-Omni-7B", "data": ["data/avqa.json"], "steps": 3, "settings": {"lr": 1e-6}}
+    lm.save(tmp_path / "saved", card=card)
+    text = (tmp_path / "saved" / "README.md").read_text()
+    front = text.split("---")[1]
+    assert 'base_model: "Qwen/Qwen2.5-Omni-7B"' in front and 'pipeline_tag: "audio-text-to-text"' in front
+    assert "datasets" not in front and "`data/avqa.json`" in text and "| lr | `1e-06` |" in text
+    lm.save(tmp_path / "local", card={**card, "base": str(world / "model"), "data": ["gijs/avqa-processed"]})
+    front = (tmp_path / "local" / "README.md").read_text().split("---")[1]
+    assert "base_model" not in front and 'datasets: ["gijs/avqa-processed"]' in front
+
+
+def test_a_model_with_nan_is_not_saved(world, tmp_path):
+    lm = load_model(world / "model")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "kept.txt").write_text("of a run before")
+    with torch.no_grad():
+        lm.model.lm_head.weight[3, 4] = torch.nan
+    with pytest.raises(InputError, match="lm_head.weight has values that are not finite"):
+        lm.save(tmp_path / "saved")
+    assert [file.name for file in tmp_path.iterdir()] == ["saved"]
+    assert (tmp_path / "saved" / "kept.txt").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(world, tmp_path, monkeypatch):
+    lm = load_model(world / "model")
+
+    def no_space(*args, **kwargs):
+        raise weights.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "save_file", no_space)
+    with pytest.raises(InputError, match="cannot be saved to .*No space left"):
+        lm.save(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------- malformed checkpoints
+
+
+def edit(name, **values):
+    """Change values of a JSON file; a key with dots is a path, None as value removes it."""
+
+    def apply(folder):
+        content = json.loads((folder / name).read_text())
+        for path, value in values.items():
+            *parents, key = path.split("__")
+            place = content
+            for parent in parents:
+                place = place[parent]
+            if value is None:
+                del place[key]
+            else:
+                place[key] = value
+        (folder / name).write_text(json.dumps(content))
+
+    return apply
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut_off(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def pointer(folder):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4986211280\n"
+    (folder / "model.safetensors").write_text(text)
+
+
+def huge_header(folder):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**50) + b"{}")
+
+
+def as_integers(folder):
+    path = folder / "model.safetensors"
+    content = load_file(path)
+    content["thinker.lm_head.weight"] = content["thinker.lm_head.weight"].to(torch.int8)
+    save_file(content, path)
+
+
+def without(name):
+    def apply(folder):
+        content = load_file(folder / "model.safetensors")
+        del content[name]
+        save_file(content, folder / "model.safetensors")
+
+    return apply
+
+
+def index(file):
+    """An index that puts every weight into `file`."""
+
+    def apply(folder):
+        with safe_open(folder / "model.safetensors", "pt") as opened:
+            names = list(opened.keys())
+        (folder / weights.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
+
+    return apply
+
+
+def index_of_a_pipe(folder):
+    os.mkfifo(folder / "pipe.safetensors")
+    index("pipe.safetensors")(folder)
+
+
+def index_that_lies(folder):
+    save_file({"other": torch.zeros(1)}, folder / "other.safetensors")
+    index("other.safetensors")(folder)
+
+
+def link_out(name):
+    def apply(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("/etc/passwd")
+
+    return apply
+
+
+def large(folder):
+    with open(folder / "tokenizer_config.json", "wb") as file:
+        file.truncate(65 * 2**20)
+
+
+CONFIG = "config.json"
+TEXT = "thinker_config__text_config__"
+AUDIO = "thinker_config__audio_config__"
+MALFORMED = {
+    "config: empty": (write(CONFIG, ""), "config.json is not JSON"),
+    "config: a list": (write(CONFIG, "[1]"), "holds no JSON object"),
+    "config: deep": (write(CONFIG, "[" * 5000 + "]" * 5000), "nested too deeply"),
+    "config: not UTF-8": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe{"), "not UTF-8"),
+    "config: a folder": (lambda f: ((f / CONFIG).unlink(), (f / CONFIG).mkdir()), "no regular file"),
+    "config: a pipe": (lambda f: ((f / CONFIG).unlink(), os.mkfifo(f / CONFIG)), "no regular file"),
+    "config: no type": (edit(CONFIG, model_type=None), "type None"),
+    "config: a list as type": (edit(CONFIG, model_type=["x"]), "supported"),
+    "config: another model": (edit(CONFIG, model_type="bert"), "'bert'; supported"),
+    "config: thinker a text": (edit(CONFIG, thinker_config="x"), "config.json"),
+    "config: text config a number": (edit(CONFIG, thinker_config__text_config=3), "config.json"),
+    "config: sizes as text": (edit(CONFIG, **{TEXT + "hidden_size": "96"}), "config.json"),
+    "config: null as size": (edit(CONFIG, **{TEXT + "num_attention_heads": 0}), "config.json"),
+    "config: negative": (edit(CONFIG, **{TEXT + "vocab_size": -5}), "config.json"),
+    "config: 384 TB": (edit(CONFIG, **{TEXT + "vocab_size": 10**12}), "config.json says"),
+    "config: beyond 64 bits": (edit(CONFIG, **{TEXT + "hidden_size": 2**62}), "config.json"),
+    "config: a billion layers": (edit(CONFIG, **{TEXT + "num_hidden_layers": 10**9}), "between 0 and 500"),
+    "config: a layer less": (edit(CONFIG, **{TEXT + "num_hidden_layers": 2}), "config.json has no place"),
+    "config: a layer more": (edit(CONFIG, **{TEXT + "num_hidden_layers": 4}), "no weight named"),
+    "config: a huge table": (edit(CONFIG, **{AUDIO + "max_source_positions": 10**12}), "max_source_positions"),
+    "config: a huge window": (edit(CONFIG, **{AUDIO + "n_window": 10**12}), "n_window"),
+    "config: no window": (edit(CONFIG, **{AUDIO + "n_window": 0}), "n_window"),
+    "config: other mels": (edit(CONFIG, **{AUDIO + "num_mel_bins": 80}), "feature_size is 128, not 80"),
+    "config: audio token": (edit(CONFIG, thinker_config__audio_token_index=10**6), "makes no sense"),
+    "config: an activation": (edit(CONFIG, **{TEXT + "hidden_act": "nope"}), "config.json"),
+    "config: rope": (edit(CONFIG, **{TEXT + "rope_parameters": [1]}), "config.json"),
+    "config: rope's sections": (
+        edit(CONFIG, **{TEXT + "rope_parameters__mrope_section": [1, 1, 1]}),
+        "mrope_section",
+    ),
+    "config: remote code": (
+        edit(CONFIG, model_type="x", auto_map={"AutoConfig": "evil.Config"}),
+        "supported",
+    ),
+    "tokenizer: absent": (remove("tokenizer.json"), "tokenizer"),
+    "tokenizer: empty": (write("tokenizer.json", "{}"), "tokenizer"),
+    "tokenizer: no object": (write("tokenizer.json", "3"), "tokenizer"),
+    "tokenizer config: a list": (write("tokenizer_config.json", "[]"), "tokenizer"),
+    "tokenizer config: a class": (edit("tokenizer_config.json", tokenizer_class="Nope"), "tokenizer"),
+    "tokenizer config: 65 MB": (large, "larger than 64 MiB"),
+    "tokenizer config: a link out": (link_out("tokenizer_config.json"), "leads out of the model folder"),
+    "voices: a link out": (link_out("spk_dict.pt"), "leads out of the model folder"),
+    "extractor: absent": (remove("preprocessor_config.json"), "no preprocessor_config.json"),
+    "extractor: a text": (write("preprocessor_config.json", '"x"'), "holds no JSON object"),
+    "extractor: mels": (edit("preprocessor_config.json", feature_size=10**9), "feature_size is 1000000000"),
+    "extractor: rate": (edit("preprocessor_config.json", sampling_rate="16000"), "sampling_rate is '16000'"),
+    "extractor: length": (edit("preprocessor_config.json", chunk_length=10**9), "chunk_length"),
+    "extractor: hop": (edit("preprocessor_config.json", hop_length=0), "hop_length is 0"),
+    "generation config: a list": (write("generation_config.json", "[]"), "holds no JSON object"),
+    "generation config: texts": (write("generation_config.json", '{"eos_token_id": ["a"]}'), "eos_token_id"),
+    "generation config: an object": (write("generation_config.json", '{"eos_token_id": {}}'), "eos_token_id"),
+    "weights: absent": (remove("model.safetensors"), "no safetensors weights"),
+    "weights: cut off": (cut_off, "model.safetensors is no whole safetensors file"),
+    "weights: empty": (write("model.safetensors", ""), "model.safetensors is no whole safetensors file"),
+    "weights: a pointer": (pointer, "git-lfs pointer"),
+    "weights: a huge header": (huge_header, "model.safetensors is no whole safetensors file"),
+    "weights: integers": (as_integers, "quantized"),
+    "weights: one missing": (without("thinker.model.norm.weight"), "no weight named thinker.model.norm.weight"),
+    "weights: a link out": (link_out("model.safetensors"), "leads out of the model folder"),
+    "index: not JSON": (write(weights.INDEX, "{"), "index.json is not JSON"),
+    "index: no map": (write(weights.INDEX, "{}"), "no weight_map"),
+    "index: a number": (index(3), "names a file 3"),
+    "index: absent file": (index("model-00007.safetensors"), "model-00007.safetensors is missing"),
+    "index: a pipe": (index_of_a_pipe, "no regular file"),
+    "index: the parent": (index("../secret.safetensors"), "leads out"),
+    "index: an absolute path": (index("/etc/passwd"), "leads out"),
+    "index: a NUL": (index("a\0b"), "no file can have the name"),
+    "index: it lies": (index_that_lies, "other.safetensors has no weight named"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_checkpoint_is_one_line(case, world, tmp_path):
+    damage, words = MALFORMED[case]
+    folder = tmp_path / "model"
+    shutil.copytree(world / "model", folder)
+    damage(folder)
+    with pytest.raises(InputError, match=words) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "nothing", tmp_path / "file", "x" * 5000, "a/b/c"):
+        with pytest.raises(InputError, match="no model folder"):
+            find_model(path)
+    with pytest.raises(InputError, match=r"config\.json"):
+        find_model(tmp_path)
+
+
+def test_links_within_the_folders_hub_cache_are_followed(world, tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate(sorted((world / "model").iterdir())):
+        shutil.copyfile(file, blobs / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    assert torch.equal(score(load_model(snapshot)), score(load_model(world / "model")))
+    assert read_small_file(snapshot, "absent.json") == {}
+
+
+def test_a_hub_name_is_fetched_without_pickles_that_are_read(world, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(world / "model")
+
+    monkeypatch.setattr(weights, "snapshot_download", snapshot_download)
+    assert find_model("Qwen/Qwen2.5-Omni-7B") == world / "model"
+    find_model("Qwen/Qwen2.5-Omni-7B", config_only=True)
+    assert asked[1] == ("Qwen/Qwen2.5-Omni-7B", ["config.json"])
+    assert {"spk_dict.pt", "*.safetensors", weights.INDEX} <= set(asked[0][1])
+    assert not any("bin" in pattern or "*.py" in pattern for pattern in asked[0][1])
