@@ -135,6 +135,16 @@ def average(number: float) -> float:
     return sum(numbers) / len(numbers)
 
 
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Gradients of parameters that are whole in each process -> their mean over the processes, in place."""
+    gradients = [p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / dist.get_world_size()
+    dist.all_reduce(flat)
+    pieces = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, piece in zip(gradients, pieces, strict=True):
+        gradient.copy_(piece.view_as(gradient))
+
+
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """--dtype's meaning: bfloat16 where the GPU computes in it; emulated, or on a CPU, it is slower."""
     if name != "auto":

@@ -11,6 +11,8 @@ happened before. So two processes do what one does, and a checkpoint is weights,
 number.
 """
 
+import fsdp  # isort: skip  (before torch: it sets what torch reads when it is imported)
+
 import argparse
 import hashlib
 import importlib.util
@@ -30,11 +32,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import fsdp  # first of ours: it sets what torch reads when it is imported
 import grpo
+import lora
 from data import PROMPTS, Asked, Loaded, Question, Questions, check_clips, load_questions, prompt_text
 from files import InputError, read_text, write_text
 from journal import Journal
@@ -48,9 +51,9 @@ log = logging.getLogger("omni_r1")
 # Options that may differ when a run is resumed: they change where and how it runs, not what it computes.
 FREE = "out accumulation questions_per_pass reshard checkpointing cpu_offload replicas workers timeout"
 FREE += " save_every keep save_model_every model_only samples wandb max_bad plan explain world_size"
-FREE += " gpu_memory gpu"
+FREE += " gpu_memory gpu save_merged"
 AT_LEAST_ONE = "steps batch max_new_tokens save_every keep replicas updates eval_every"
-AT_LEAST_ZERO = "accumulation questions_per_pass hold_out save_model_every samples workers seed"
+AT_LEAST_ZERO = "accumulation questions_per_pass hold_out save_model_every samples workers seed lora"
 AUTO = ["auto", "on", "off"]
 
 
@@ -142,6 +145,8 @@ def add_recipe_options(group: argparse._ArgumentGroup) -> None:
     add("--lr", type=float, default=1e-6, help="learning rate at the start; falls linearly to 0")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
     add("--seed", type=int, default=0, help="of the order of questions and of sampling")
+    add("--lora", type=int, default=0, help="train low-rank pairs of this rank, nothing else; 0: all")
+    add("--lora_alpha", type=float, default=32.0, help="the pairs are scaled by this over --lora")
 
 
 def add_machine_options(group: argparse._ArgumentGroup) -> None:
@@ -187,6 +192,7 @@ def add_output_options(group: argparse._ArgumentGroup) -> None:
         default=None,
         help="save Qwen2.5-Omni's thinker alone; else its other parts are copied from the base",
     )
+    add("--save_merged", choices=["on", "off"], default="on", help="with --lora: O/model beside O/adapter")
     add("--samples", type=int, default=1, help="questions a step whose responses are written down")
     add("--wandb", default="", help="project for Weights & Biases, where that is installed")
     add("--explain", action="store_true", help="print one question's step with all its numbers, and stop")
@@ -200,7 +206,7 @@ def check_arguments(config: argparse.Namespace) -> None:
     for name in AT_LEAST_ZERO.split():
         if getattr(config, name) < 0:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least 0")
-    for name in ("temperature", "lr", "max_grad_norm", "timeout"):
+    for name in ("temperature", "lr", "max_grad_norm", "timeout", "lora_alpha"):
         if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"--{name} {getattr(config, name)}: must be a number above 0")
     for name in ("beta", "format_weight", "max_bad"):
@@ -220,6 +226,8 @@ def check_arguments(config: argparse.Namespace) -> None:
         raise InputError(f"--shares: give {files} numbers, one for each file, none negative")
     if config.hold_out and config.eval_data:
         raise InputError("--hold_out and --eval_data: give one of them")
+    if config.lora and config.cpu_offload in ("moments", "on"):
+        raise InputError(f"--cpu_offload {config.cpu_offload}: with --lora there is nothing worth offloading")
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("--wandb: wandb is not installed (pip install wandb)")
 
@@ -274,6 +282,9 @@ class Run:
         if offload:
             home = torch.device("cpu")
 
+        if config.lora:
+            self.load_frozen(mesh, layout)
+            return
         self.policy = empty_lm(config.model, torch.float32, self.hears, config.prompt)
         if self.layout.checkpointing:
             fsdp.checkpoint_activations(self.policy)
@@ -290,6 +301,19 @@ class Run:
                 fsdp.shard(self.reference, mesh, self.dtype, **layout)
             load_weights(self.reference, self.device, self.device)
             self.reference.requires_grad_(False)
+
+    def load_frozen(self, mesh: DeviceMesh, layout: dict) -> None:
+        """--lora: one model in the compute dtype, frozen, and its pairs. Without them it is the reference."""
+        config = self.config
+        self.policy = empty_lm(config.model, self.dtype, self.hears, config.prompt)
+        if self.layout.checkpointing:
+            fsdp.checkpoint_activations(self.policy)
+        if self.world > 1 and self.layout.reshard:
+            fsdp.shard(self.policy, mesh, self.dtype, **layout)
+        load_weights(self.policy, self.device, self.device)
+        self.policy.average = fsdp.average
+        self.pairs = lora.attach(self.policy, config.lora, config.lora_alpha, config.seed)
+        self.reference = self.pairs if config.beta else None
 
     def make_optimizer(self) -> None:
         """AdamW on the parameters that learn, its state there from the start, so that all of it is saved."""
@@ -345,6 +369,8 @@ class Run:
 
     def update(self) -> None:
         """Clip the gradients and step; not at all if they are not finite, which `take_step` reports."""
+        if self.config.lora:
+            fsdp.average_gradients(list(self.parameters.values()))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
@@ -494,11 +520,15 @@ class Run:
                 if found and (found / name).exists():
                     shutil.copyfile(found / name, out / name)
 
-    def save_model(self, name: str) -> None:
-        """O/model or O/model-step-N, with a model card. Collective."""
+    def save_model(self, suffix: str = "") -> None:
+        """O/model or O/model-step-N, with a model card; with --lora, O/adapter as well. Collective."""
         config = self.config
+        out = Path(config.out)
         card = {"base": config.model, "data": config.data, "steps": self.step, "settings": self.fingerprint}
-        self.policy.save(Path(config.out) / name, parts=config.model_only or "all", card=card)
+        if not config.lora or config.save_merged == "on":
+            self.policy.save(out / f"model{suffix}", parts=config.model_only or "all", card=card)
+        if config.lora and self.rank == 0:
+            lora.save_adapter(self.pairs, out / f"adapter{suffix}", config.model)
 
 
 def sample_row(one: Asked, rollout: grpo.Rollout, b: int) -> dict:
@@ -569,17 +599,25 @@ def check_clips_together(clips: list[str]) -> dict[str, str | float]:
 def is_finished(config: argparse.Namespace) -> bool:
     """Whether --out holds a finished run of the same settings. InputError if it is of others."""
     out = Path(config.out)
-    if not (out / "model").exists():
+    if not (out / "model").exists() and not (out / "adapter").exists():
         return False
     try:
         then = json.loads(read_text(out / "config.json"))
     except (InputError, ValueError):
-        raise InputError(f"{out}/model exists, but is no run of this program's; take another --out") from None
+        raise InputError(f"{out} has a model, but is no run of this program's; take another --out") from None
     refuse_changes(out, then, settings(config))
+    if not result(config).exists():
+        return False
     if dist.get_rank() == 0:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)  # a kill may have come before
-        print(f"{out}/model exists, so this run is finished; take another --out for a new one")
+        print(f"{result(config)} exists, so this run is finished; take another --out for a new one")
     return True
+
+
+def result(config: argparse.Namespace) -> Path:
+    """What a run writes last."""
+    name = "adapter" if config.lora else "model"
+    return Path(config.out) / name
 
 
 def train(config: argparse.Namespace) -> int:
@@ -649,15 +687,15 @@ def learn(run: Run, journal: Journal | None, stop: fsdp.Stop) -> int:
         if run.step % config.eval_every == 0 or last:
             score(run, journal)
         if config.save_model_every and run.step % config.save_model_every == 0 and not last:
-            run.save_model(f"model-step-{run.step}")
+            run.save_model(f"-step-{run.step}")
         if run.step % config.save_every == 0 and not last:
             run.save()
             saved = run.step
     progress.close()
-    run.save_model("model")
+    run.save_model()
     if run.rank == 0:
         shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
-        print(f"saved {config.out}/model")
+        print(f"saved {result(config)}")
     return 0
 
 

@@ -19,10 +19,13 @@ from safetensors import safe_open
 from test_data import HOSTILE_ROWS, hostile_clips
 
 import bench
+import fsdp
 import tiny
 from conftest import DATA
-from data import read_questions
-from train import main
+from data import check_clips, load_questions, read_questions
+from grpo import group_advantages
+from reward import accuracy_reward
+from train import Run, main, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5
@@ -51,17 +54,24 @@ def train(out, *arguments, processes=1, check=True):
 
 
 def train_here(out, *arguments):
-    """The same in this process, for what ends early; returns the exit code."""
+    """The same in this process, which has imported everything already; returns the exit code."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(sys, "argv", ["train.py", "--out", str(out), *map(str, arguments)])
         main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
     return end.value.code
 
 
 def arguments(world, **more):
     options = {
         "model": world / "model", "data": world / "train_qa.json", "audio_dir": world / "audio",
-        "steps": STEPS, "lr": 1e-3, "accumulation": 4, "max_new_tokens": 6, "group_size": 4,
+        "steps": STEPS, "lr": 1e-3, "batch": 4, "max_new_tokens": 6, "group_size": 4,
     } | more  # fmt: skip
     flat = []
     for name, value in options.items():
@@ -73,7 +83,16 @@ def arguments(world, **more):
 
 
 def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    """The rows of the steps; those of the held-out score are `scores`."""
+    return [row for row in rows_of(out / "log.jsonl") if "loss" in row]
+
+
+def scores(out):
+    return [row for row in rows_of(out / "log.jsonl") if "eval_accuracy" in row]
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def weights(folder):
@@ -93,30 +112,41 @@ def distance(a, b):
 def one(world, tmp_path_factory):
     """One process's run of five steps, which the others are compared with."""
     out = tmp_path_factory.mktemp("one")
-    train(out, *arguments(world))
+    assert train_here(out, *arguments(world, hold_out=40, eval_every=2)) == 0
     return out
 
 
 LAYOUTS = {
-    "2 processes": (2, {}),
+    "2 processes, one question a pass": (2, {"questions_per_pass": 1}),
     "2 processes, re-sharded and recomputed": (2, {"reshard": "on", "checkpointing": "on"}),
     "2 processes, offloaded": (2, {"cpu_offload": "on", "reshard": "on"}),
     "2 x 2 processes": (4, {"replicas": 2}),
-    "1 process, recomputed": (1, {"checkpointing": "on"}),
-}
+    "1 process, recomputed, its moments in host memory": (1, {"checkpointing": "on", "cpu_offload": "moments"}),
+    "1 process, three questions a pass": (1, {"questions_per_pass": 3}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_the_run_of_one_process(world, one, layout, tmp_path):
     processes, options = LAYOUTS[layout]
-    train(tmp_path, *arguments(world, accumulation=4 // processes, **options), processes=processes)
+    options = arguments(world, hold_out=40, eval_every=2, **options)
+    if processes == 1:
+        assert train_here(tmp_path, *options) == 0
+    else:
+        train(tmp_path, *options, processes=processes)
     rows, expected = log(tmp_path), log(one)
     assert expected[0]["kl"] == rows[0]["kl"] == 0 and rows[-1]["kl"] > 0  # exactly 0 before the first update
     assert any(row["frac_reward_zero_std"] < 1 for row in rows)  # some advantages are not zero
     for row, other in zip(rows, expected, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
-        assert row["completion_length"] == other["completion_length"] and row["reward"] == other["reward"]
+        for name in ("completion_length", "reward", "official", "hedged", "named_none"):
+            assert row[name] == other[name], name
+    held_out = [(row["step"], row["eval_accuracy"]) for row in scores(tmp_path)]
+    assert held_out == [(row["step"], row["eval_accuracy"]) for row in scores(one)]
+    assert (
+        rows_of(tmp_path / "samples.jsonl")[0]["responses"] == rows_of(one / "samples.jsonl")[0]["responses"]
+    )
     base, w1, w2 = weights(world / "model"), weights(one / "model"), weights(tmp_path / "model")
     assert distance(w2, w1) <= 1e-3 * distance(w1, base)
 
@@ -124,11 +154,11 @@ def test_every_layout_is_the_run_of_one_process(world, one, layout, tmp_path):
 def test_two_processes_accumulate_the_gradients_of_one_in_planned_shards_with_few_collectives(
     world, tmp_path
 ):
-    """All accumulated gradients after 3 micro-batches per process, element by element."""
-    script = ROOT / "tests" / "dump_gradients.py"
+    """All accumulated gradients of 6 questions, element by element."""
+    script = ROOT / "tests" / "scripts" / "dump_gradients.py"
     for processes in (1, 2):
         python = command(processes)[:-1]
-        options = arguments(world, accumulation=6 // processes, out=tmp_path / f"g{processes}")
+        options = arguments(world, batch=6, reshard="off", out=tmp_path / f"g{processes}")
         subprocess.run(
             [*python, script, *options], cwd=ROOT, env=environment(), check=True, capture_output=True
         )
@@ -142,18 +172,64 @@ def test_two_processes_accumulate_the_gradients_of_one_in_planned_shards_with_fe
             assert size == pytest.approx(side["plan"][what], rel=0.03), what
     # Policy and reference are gathered once for the whole step, whatever its questions and tokens.
     assert two["collectives"]["all_gather_single"] == 2 * two["groups"]
-    assert two["collectives"]["reduce_scatter_single"] == 3 * two["groups"]  # once a question
+    assert two["collectives"]["reduce_scatter_single"] == two["groups"]
 
 
-def test_log_has_the_keys_of_other_trainers(one):
+def test_log_has_the_keys_of_other_trainers_and_says_what_the_reward_hides(one):
     keys = (
         "step loss reward reward_std frac_reward_zero_std kl entropy completion_length clip_ratio grad_norm"
     )
     keys += " learning_rate seconds_wait seconds_rollout seconds_score seconds_update peak_memory_mb"
+    keys += " hedged named_none official cut_ratio bad_clips"
     rows = log(one)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(set(keys.split()) <= set(row) for row in rows)
     assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3 * (5 - i) / 5 for i in range(5)])
+    assert [row["step"] for row in scores(one)] == [0, 2, 4, 5]
+    assert all(row["eval_low"] < row["eval_accuracy"] < row["eval_high"] for row in scores(one))
+
+
+def test_samples_show_what_was_said_and_paid(world, one):
+    samples = rows_of(one / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == list(range(1, STEPS + 1))
+    questions = {q.id: q for q in read_questions(world / "train_qa.json", world / "audio")}
+    for sample in samples:
+        question = questions[sample["id"]]
+        assert sample["k"] == 0 and sample["audio"] == question.audio
+        for text, reward in zip(sample["responses"], sample["rewards"], strict=True):
+            assert reward == accuracy_reward(text, question.answer, list(question.choices))
+        advantages = group_advantages(torch.tensor(sample["rewards"]))
+        assert torch.allclose(torch.tensor(sample["advantages"]), advantages)
+
+
+def test_held_out_questions_are_never_trained_on(world):
+    """The same ones whatever the seed, and none of them among any step's questions."""
+    options = parse(arguments(world, hold_out=300))
+    loaded = load_questions(options, check_clips)
+    held_out = {question.id for question in loaded.held_out}
+    trained = {question.id for file in loaded.files for question in file}
+    assert len(held_out) == 300 and not held_out & trained and len(trained) == 300
+    assert (
+        loaded.held_out == load_questions(parse(arguments(world, hold_out=300, seed=5)), check_clips).held_out
+    )
+
+
+VARIANTS = {
+    "DAPO": {"loss": "token", "epsilon_high": 0.28, "beta": 0, "mask_truncated": True},
+    "Dr. GRPO": {"loss": "dr", "scale_rewards": "off", "beta": 0},
+    "R1-AQA's prompt": {"prompt": "answer", "format_weight": 0.5, "reward": "contains"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_the_same_on_two_processes_and_two_updates_make_the_clip_work(world, name, tmp_path):
+    options = arguments(world, updates=2, steps=3, **VARIANTS[name])
+    assert train_here(tmp_path / "r1", *options) == 0
+    train(tmp_path / "r2", *options, processes=2)
+    for row, other in zip(log(tmp_path / "r1"), log(tmp_path / "r2"), strict=True):
+        for key in ("loss", "reward", "clip_ratio", "kl", "entropy"):
+            assert row[key] == pytest.approx(other[key], abs=1e-5), key
+    assert any(row["clip_ratio"] > 0 for row in log(tmp_path / "r1"))
 
 
 def mixed(world, **more):
@@ -167,7 +243,7 @@ def mixed(world, **more):
 def test_two_processes_are_one_without_audio_and_mixed(world, tmp_path, kind):
     make = mixed if kind == "mixed" else (lambda w, **more: arguments(w, no_audio=True, **more))
     for processes in (1, 2):
-        train(tmp_path / f"r{processes}", *make(world, accumulation=4 // processes), processes=processes)
+        train(tmp_path / f"r{processes}", *make(world), processes=processes)
     base, w1, w2 = weights(world / "model"), *(weights(tmp_path / f"r{n}" / "model") for n in (1, 2))
     assert 0 < distance(w2, w1) <= 1e-3 * distance(w1, base) or distance(w2, w1) == 0
     assert [r["reward"] for r in log(tmp_path / "r1")] == [r["reward"] for r in log(tmp_path / "r2")]
@@ -195,12 +271,7 @@ def kill_and_resume(out, options, processes, moments, seed=0):
 
 
 def killed_is_uninterrupted(world, out, kind, processes, kills, **more):
-    options = {
-        "steps": 12,
-        "save_every": 2,
-        "accumulation": 2 // processes,
-        "no_audio": kind == "no_audio",
-    } | more
+    options = {"steps": 12, "save_every": 2, "batch": 2, "no_audio": kind == "no_audio"} | more
     options = (mixed if kind == "mixed" else arguments)(world, **options)
     train(out / "whole", *options, processes=processes)
     kill_and_resume(out / "killed", options, processes, kills)
@@ -230,31 +301,130 @@ def test_killed_twenty_times_on_a_wide_model(wide_world, tmp_path, kind, kills, 
     killed_is_uninterrupted(wide_world, tmp_path, kind, processes, kills, group_size=8, lr=1e-4)
 
 
-def test_a_signal_saves_the_last_step_others_are_refused_and_another_number_of_processes_goes_on(
+def started(processes, out, *options, **more):
+    """A run that has begun: its first step is in the log."""
+    job = subprocess.Popen(
+        command(processes, "--out", out, *options),
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more,
+    )  # fmt: skip
+    deadline = time.time() + 60
+    while time.time() < deadline and not ((out / "log.jsonl").exists() and log(out)):
+        time.sleep(0.01)
+    return job
+
+
+def test_a_signal_to_the_whole_group_saves_and_another_number_of_processes_goes_on(
     world, one, tmp_path, capsys
 ):
-    options = arguments(world, save_every=100)
-    job = subprocess.Popen(
-        command(1, "--out", tmp_path, *options),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.time() + 60
-    while time.time() < deadline and not ((tmp_path / "log.jsonl").exists() and len(log(tmp_path)) >= 2):
-        time.sleep(0.01)
-    job.send_signal(signal.SIGTERM)
+    """As a scheduler stops a job: SIGTERM to torchrun, its processes and theirs that decode clips."""
+    options = arguments(world, hold_out=40, eval_every=2)
+    job = started(2, tmp_path, *options, start_new_session=True)
+    os.killpg(job.pid, signal.SIGTERM)
     output, _ = job.communicate(timeout=60)
-    assert job.returncode == 128 + signal.SIGTERM and "saved" in output
+    assert job.returncode != 0 and "saved" in output
     (saved,) = (tmp_path / "checkpoints").glob("step-*")
     assert int(saved.name[5:]) == len(log(tmp_path)) < STEPS
-    assert train_here(tmp_path, *arguments(world, lr=2e-3, beta=0.1)) == 2
+    assert train_here(tmp_path, *options, "--lr", 2e-3, "--beta", 0.1) == 2
     assert "beta: 0.04 -> 0.1; lr: 0.001 -> 0.002" in capsys.readouterr().err
-    train(tmp_path, *arguments(world, accumulation=2), processes=2)
+    assert train_here(tmp_path, *options) == 0
     assert train_here(tmp_path, *options) == 0 and "finished" in capsys.readouterr().out
+    assert train_here(tmp_path, *options, "--lr", 2e-3) == 2 and "lr: 0.001" in capsys.readouterr().err
     base, w1, w2 = weights(world / "model"), weights(one / "model"), weights(tmp_path / "model")
     assert distance(w2, w1) <= 1e-3 * distance(w1, base)
+
+
+def test_a_killed_launcher_leaves_no_process_and_a_second_start_waits_for_its_turn(world, tmp_path):
+    options = arguments(world, steps=300, save_every=5)
+    job = started(2, tmp_path, *options)
+    second = train(tmp_path, *options, check=False)
+    assert second.returncode == 2 and "one run writes to a place at a time" in second.stderr
+    assert f"process {os.getpid()}" not in second.stderr and "Traceback" not in second.stderr
+    children = children_of(job.pid)
+    assert len(children) >= 4  # two processes, and one each that decodes clips
+    job.kill()
+    job.wait()
+    deadline = time.time() + 5
+    while time.time() < deadline and any(is_alive(pid) for pid in children):
+        time.sleep(0.05)
+    assert not any(is_alive(pid) for pid in children)
+    rows = len(log(tmp_path))
+    resumed = started(1, tmp_path, *options)
+    os.kill(resumed.pid, signal.SIGTERM)
+    output, _ = resumed.communicate(timeout=60)
+    assert resumed.returncode == 128 + signal.SIGTERM and "saved" in output and rows > 0
+
+
+def children_of(pid):
+    """All processes below `pid`."""
+    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    found = [int(child) for child in listed]
+    for child in list(found):
+        found += children_of(child)
+    return found
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(world, tmp_path, caplog, capsys):
+    """Flipped bytes anywhere, in run.json and in the log too; log and samples come back with it."""
+    options = arguments(world, steps=7, save_every=2)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    stop_at(6, whole, options)
+    shutil.copytree(whole, broken)
+    rng = random.Random(0)
+    folders = sorted((whole / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-000004", "step-000006"]
+    names = sorted(path.name for path in folders[-1].iterdir())
+    for name in names:
+        shutil.rmtree(broken)
+        shutil.copytree(whole, broken)
+        flip(broken / "checkpoints" / "step-000006" / name, rng)
+        assert intact(broken) == "step-000004", name
+        flip(broken / "checkpoints" / "step-000004" / name, rng)
+        assert intact(broken) is None
+    shutil.rmtree(broken)
+    shutil.copytree(whole, broken)
+    flip(broken / "checkpoints" / "step-000006" / "run.json", rng)
+    (broken / "log.jsonl").unlink()
+    assert train_here(whole, *options) == 0 and train_here(broken, *options) == 0
+    assert "step-000006 is damaged (run.json)" in caplog.text
+    assert distance(weights(whole / "model"), weights(broken / "model")) == 0
+    assert [row["step"] for row in log(broken)] == [row["step"] for row in log(whole)] == list(range(1, 8))
+
+
+def stop_at(step, out, options):
+    """A run that a signal ends once `step` is taken."""
+    take_step = Run.take_step
+
+    def take_and_stop(run, asked):
+        row = take_step(run, asked)
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "take_step", take_and_stop)
+        assert train_here(out, *options) == 128 + signal.SIGTERM
+
+
+def flip(path, rng):
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def intact(out):
+    """Name of the newest checkpoint that is whole, as a run of one process sees it."""
+    fsdp.start_processes()
+    found = fsdp.newest_intact(out)
+    torch.distributed.destroy_process_group()
+    torch.use_deterministic_algorithms(False)
+    return found and found.name
 
 
 BAD_ARGUMENTS = {
@@ -262,7 +432,15 @@ BAD_ARGUMENTS = {
     "data": ("nothing.json", "nothing.json"),
     "steps": (0, "--steps"),
     "group_size": (1, "--group_size"),
-    "accumulation": (0, "--accumulation"),
+    "accumulation": (-1, "--accumulation"),
+    "seed": (-1, "--seed"),
+    "timeout": ("nan", "--timeout"),
+    "shares": ("nan", "--shares"),
+    "lr": ("inf", "--lr"),
+    "beta": ("nan", "--beta"),
+    "reward": ("no_such.py:f", "no_such.py"),
+    "wandb": ("project", "wandb is not installed"),
+    "eval_data": ("nothing.json", "nothing.json"),
     "replicas": (3, "--replicas"),
     "audio_dir": ("/nowhere", "no readable clip"),
 }
@@ -298,8 +476,7 @@ def test_a_clip_that_fails_to_decode_is_replaced_the_same_way_on_any_number_of_p
     data, clips = broken_world(world, tmp_path, broken=2)
     options = arguments(world, data=data, audio_dir=clips, max_bad=0.5)
     for processes in (1, 2):
-        more = ["--accumulation", str(4 // processes)]
-        done = train(tmp_path / f"r{processes}", *options, *more, processes=processes)
+        done = train(tmp_path / f"r{processes}", *options, processes=processes)
         assert "replaced" in done.stderr
     one, two = log(tmp_path / "r1"), log(tmp_path / "r2")
     assert [r["reward"] for r in one] == [r["reward"] for r in two] and one[-1]["bad_clips"] == two[-1][
@@ -326,20 +503,13 @@ def test_a_non_finite_loss_stops_before_the_optimizer_moves(world, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_is_one_line(world, tmp_path):
-    (tmp_path / "log.jsonl.writing").symlink_to("/dev/full")
+    (tmp_path / "config.json.writing").symlink_to("/dev/full")
     done = train(tmp_path, *arguments(world, steps=1), check=False)
     assert done.returncode == 2 and "error: [Errno 28]" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_one_process_dying_ends_the_run(world, tmp_path):
-    options = arguments(world, steps=500)
-    job = subprocess.Popen(
-        command(2, "--out", tmp_path, *options),
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    deadline = time.time() + 60
-    while time.time() < deadline and not ((tmp_path / "log.jsonl").exists() and log(tmp_path)):
-        time.sleep(0.05)
+    job = started(2, tmp_path, *arguments(world, steps=500))
     listed = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(listed[-1]), signal.SIGKILL)
     output, _ = job.communicate(timeout=60)
@@ -348,13 +518,7 @@ def test_one_process_dying_ends_the_run(world, tmp_path):
 
 @pytest.mark.slow
 def test_a_hung_process_ends_the_run_with_the_reason(world, tmp_path):
-    job = subprocess.Popen(
-        command(2, "--out", tmp_path, *arguments(world, steps=500, timeout=0.2)),
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    deadline = time.time() + 60
-    while time.time() < deadline and not ((tmp_path / "log.jsonl").exists() and log(tmp_path)):
-        time.sleep(0.05)
+    job = started(2, tmp_path, *arguments(world, steps=500, timeout=0.2))
     listed = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(listed[-1]), signal.SIGSTOP)
     output, _ = job.communicate(timeout=120)
@@ -377,7 +541,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one_intact(world, one, t
 def test_a_step_on_the_real_question_and_clip(world, tmp_path):
     row = json.loads((DATA / "mmau-test-mini-original.json").read_text())[0]
     (tmp_path / "mmau.json").write_text(json.dumps([row]))
-    options = {"data": tmp_path / "mmau.json", "audio_dir": DATA / "audio", "steps": 1, "accumulation": 1}
+    options = {"data": tmp_path / "mmau.json", "audio_dir": DATA / "audio", "steps": 1, "batch": 1}
     train(tmp_path / "run", *arguments(world, **options, group_size=64, temperature=3))  # until one is right
     (row,) = log(tmp_path / "run")
     assert 0 < row["reward"] < 1 and row["grad_norm"] > 0

@@ -1,23 +1,25 @@
-"""For test_train.py: one step's accumulated gradients, responses, shard sizes and collectives, on any number of processes."""
+"""For test_train.py: one step's gradients, responses, shard sizes and collectives, on any number of processes."""
 
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 import torch.distributed as dist
 
+import fsdp
+import grpo
 from data import load_questions
-from train import Run, parse
-from weights import gather, groups, start_processes
+from train import Run, check_clips_together, parse, set_batch
 
 COLLECTIVES = {"all_gather_single": 0, "reduce_scatter_single": 0}
 
 
-def counting(name):
+def counting(name: str) -> None:
     """torch.distributed's collective, counted; FSDP2 looks it up there at every call."""
-    original = getattr(dist, name)
+    original: Callable = getattr(dist, name)
 
     def counted(*args, **kwargs):
         COLLECTIVES[name] += 1
@@ -26,37 +28,48 @@ def counting(name):
     setattr(dist, name, counted)
 
 
-def local_bytes(tensors):
-    return sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in tensors)
+def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(fsdp.local(tensor).nbytes for tensor in tensors)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 if __name__ == "__main__":
     config = parse()
-    rank, world, device = start_processes()
-    run = Run(config, rank, world, device, load_questions(config, rank, world, gather))
+    rank, world, device = fsdp.start_processes()
+    set_batch(config, world)
+    run = Run(config, rank, world, device, load_questions(config, check_clips_together))
     sizes = {"weights, fp32 shards": local_bytes(run.policy.parameters())}
     sizes["reference"] = local_bytes(run.reference.parameters())
     for name in COLLECTIVES:
         counting(name)
-    _, transcript = run.accumulate(run.batches())
-    gradients = {
-        name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad)
-        for name, p in run.parameters.items()
-        if p.grad is not None
-    }
-    responses = [part[i] for i in range(config.accumulation) for part in gather(transcript)]
-    moments = [s[key] for s in run.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    asked = next(run.batches())
+    size = run.layout.questions_per_pass
+    passes = [asked[i : i + size] for i in range(0, len(asked), size)]
+    _, rollouts = grpo.step(run.policy, run.reference, passes, config, run.reward, update=lambda: None)
+    gradients = {}
+    for name, p in run.parameters.items():
+        if p.grad is not None:
+            gradients[name] = whole(p.grad)
+    said = {}
+    for rollout in rollouts:
+        for one, texts in zip(rollout.asked, rollout.texts, strict=True):
+            said[one.k] = texts
+    everything = {}
+    for part in fsdp.gather_objects(said):
+        everything.update(part)
+    moments = [state[key] for state in run.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    sizes["gradients, fp32 shards"] = local_bytes(p.grad for p in run.parameters.values())
+    sizes["AdamW moments, fp32 shards"] = local_bytes(moments)
     about = {
         "gradients": gradients,
-        "responses": responses,
-        "bytes": sizes
-        | {
-            "gradients, fp32 shards": local_bytes(p.grad for p in run.parameters.values()),
-            "AdamW moments, fp32 shards": local_bytes(moments),
-        },
+        "responses": [everything[k] for k in sorted(everything)],
+        "bytes": sizes,
         "plan": run.plan.gpu,
         "collectives": dict(COLLECTIVES),
-        "groups": len(groups(run.policy.model)) + 1,  # and the rest
+        "groups": len(fsdp.groups(run.policy.model)) + 1,  # and the rest
     }
     if rank == 0:
         out = Path(config.out)

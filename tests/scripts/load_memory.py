@@ -5,13 +5,13 @@ import sys
 import threading
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 import torch.distributed as dist
 
-from model import load_model
-from weights import gather, shard, start_processes
+from fsdp import gather_objects, shard, start_processes
+from model import empty_lm, load_weights
 
 
 def anonymous_bytes():
@@ -24,7 +24,9 @@ def main(path, small):
     mesh = dist.init_device_mesh("cpu", (world,))
 
     def load(folder):
-        return load_model(folder, prepare=lambda lm: shard(lm, mesh, torch.float32, False))
+        lm = empty_lm(folder)
+        shard(lm, mesh, torch.float32, reshard=False)
+        return load_weights(lm, device, device)
 
     load(small)  # what imports and first calls take
     before, peak, done = anonymous_bytes(), 0, threading.Event()
@@ -40,7 +42,7 @@ def main(path, small):
     done.set()
     thread.join()
     shards = sum(p.to_local().nbytes for p in lm.parameters())
-    beyond = sum(gather(peak - before - shards))
+    beyond = sum(gather_objects(peak - before - shards))
     if rank == 0:
         print(beyond / sum(2 * p.numel() for p in lm.parameters()))
 
