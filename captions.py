@@ -79,6 +79,8 @@ def csv_rows(file: Iterable[str]) -> Iterator[dict]:
 def one_line(value: Any) -> str:
     """A table's value as text without line breaks, nor halves of a surrogate pair, which no file can hold."""
     text = " ".join(str(value or "").split())
+    if text.isascii():
+        return text
     return text.encode("utf-8", "replace").decode()
 
 

@@ -12,14 +12,28 @@ import torch
 
 FLOPS_ACHIEVED = 0.42  # of the peak, by training on rows of a few thousand tokens
 MEMORY_ACHIEVED = 0.84  # of the bandwidth, by kernels that stream
-PCIE_3, PCIE_4, PCIE_5 = 12e9, 24e9, 50e9  # bytes a second to pinned host memory, of 16, 32 and 63 GB/s
-NO_NVLINK = 12e9  # bytes a second of an all-gather over PCIe 4, through the host
-NVLINK = 0.78  # achieved of its one direction
-LAUNCH = {
-    PCIE_5: 13e-6,
-    PCIE_4: 18e-6,
-    PCIE_3: 25e-6,
-}  # seconds a kernel, in eager PyTorch, by the host's age
+NVLINK_ACHIEVED = 0.78  # of its one direction
+WITHOUT_NVLINK = 12e9  # bytes a second of an all-gather over PCIe 4, through the host
+PCIE = {3: 12e9, 4: 24e9, 5: 50e9}  # bytes a second to pinned host memory, of 16, 32 and 63 GB/s
+LAUNCH = {3: 25e-6, 4: 18e-6, 5: 13e-6}  # seconds a kernel in eager PyTorch: the host is as old as its PCIe
+
+# GiB as the driver reports them; TFLOP/s; GB/s of its memory; GB/s of NVLink in one direction (0: none); PCIe
+# generation; GB/s of the memory of the hosts that usually have it.
+DATA_SHEETS = """
+B200      179    2250  8000  900  5  400
+H200      140     989  4800  450  5  200
+H100       79.2   989  3350  450  5  200
+A100-80    79.2   312  2039  300  4  150
+A100-40    39.5   312  1555  300  4  150
+L40S       44.5   362   864    0  4  150
+6000Ada    47.5   364   960    0  4  150
+A6000      47.5   155   768    0  4  150
+A10G       22.0    70   600    0  4  100
+L4         22.0   121   300    0  4  100
+RTX5090    31.4   210  1792    0  5   60
+RTX4090    23.5   165  1008    0  4   50
+RTX3090    23.5    71   936    0  4   50
+"""
 
 
 @dataclass(frozen=True)
@@ -36,35 +50,27 @@ class Card:
     launch: float  # seconds from one kernel's launch to the next
 
 
-def card(
-    name: str, gib: float, peak: float, bandwidth: float, nvlink: float, pcie: float, host: float
-) -> Card:
-    """From the data sheet: TFLOP/s, GB/s, GB/s in one direction (0: none), bytes/s, GB/s."""
-    link = NO_NVLINK
+def card(row: str) -> Card:
+    """A line of DATA_SHEETS."""
+    name, *columns = row.split()
+    gib, peak, bandwidth, nvlink, generation, host = map(float, columns)
+    link = WITHOUT_NVLINK
     if nvlink:
-        link = NVLINK * nvlink * 1e9
-    flops = FLOPS_ACHIEVED * peak * 1e12
-    return Card(name, gib, flops, MEMORY_ACHIEVED * bandwidth * 1e9, link, pcie, host * 1e9, LAUNCH[pcie])
+        link = NVLINK_ACHIEVED * nvlink * 1e9
+    return Card(
+        name=name,
+        memory=gib,
+        flops=FLOPS_ACHIEVED * peak * 1e12,
+        bandwidth=MEMORY_ACHIEVED * bandwidth * 1e9,
+        link=link,
+        pcie=PCIE[generation],
+        host=host * 1e9,
+        launch=LAUNCH[generation],
+    )
 
 
-CARDS = [  # GiB as the driver reports them
-    card("B200", 179, 2250, 8000, 900, PCIE_5, 400),
-    card("H200", 140, 989, 4800, 450, PCIE_5, 200),
-    card("H100", 79.2, 989, 3350, 450, PCIE_5, 200),
-    card("A100-80", 79.2, 312, 2039, 300, PCIE_4, 150),
-    card("A100-40", 39.5, 312, 1555, 300, PCIE_4, 150),
-    card("L40S", 44.5, 362, 864, 0, PCIE_4, 150),
-    card("6000 Ada", 47.5, 364, 960, 0, PCIE_4, 150),
-    card("A6000", 47.5, 155, 768, 0, PCIE_4, 150),
-    card("A10G", 22.0, 70, 600, 0, PCIE_4, 100),
-    card("L4", 22.0, 121, 300, 0, PCIE_4, 100),
-    card("RTX 5090", 31.4, 210, 1792, 0, PCIE_5, 60),
-    card("RTX 4090", 23.5, 165, 1008, 0, PCIE_4, 50),
-    card("RTX 3090", 23.5, 71, 936, 0, PCIE_4, 50),
-]
-UNKNOWN = replace(
-    card("unknown card", 0, 70, 600, 0, PCIE_3, 50), name="a card not in cards.py, modest rates"
-)
+CARDS = list(map(card, DATA_SHEETS.split("\n")[1:-1]))
+UNKNOWN = replace(card("unknown 0 70 600 0 3 50"), name="a card not in cards.py, at modest rates")
 
 
 def find_card(name: str, gib: float, device: torch.device) -> Card:

@@ -17,14 +17,14 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import soundfile
@@ -38,6 +38,7 @@ import predictions
 from chat import ChatClient, Refused, Unreachable
 from data import PROMPTS, Question, check_clips, load_audio, prompt_text, read_questions
 from files import InputError, one_writer, write_text
+from lora import load_adapter
 from model import AudioLM, Prompt, PromptEncoder, load_model
 from predictions import Answers, Key, Row
 from report import compare, report, summary_lines
@@ -93,8 +94,10 @@ def make_batches(questions: list[Question], args: argparse.Namespace) -> list[li
             asked = reordered(question, key, args.seed)
             everything.append(Asked(key, asked, clip, found.get(clip)))
     everything.sort(key=lambda asked: (asked.length, asked.key))
-    size = args.batch_size
-    return [everything[i : i + size] for i in range(0, len(everything), size)]
+    batches = []
+    for start in range(0, len(everything), args.batch_size):
+        batches.append(everything[start : start + args.batch_size])
+    return batches
 
 
 def heard_with(i: int, questions: list[Question], args: argparse.Namespace, found: dict) -> str | None:
@@ -216,10 +219,12 @@ class Evaluation:
         """The batches with a question that is not answered and could be."""
         numbers = []
         for b, batch in enumerate(self.batches):
-            open_ones = [asked for asked in batch if asked.key not in self.answers.given]
-            if not self.done and not all(asked.problem for asked in open_ones):
+            if not self.done and any(self.is_open(asked) for asked in batch):
                 numbers.append(b)
         return numbers
+
+    def is_open(self, asked: Asked) -> bool:
+        return asked.key not in self.answers.given and not asked.problem
 
     def answer(self, lm: AudioLM | None, todo: list[int]) -> None:
         """Answer the batches `todo`: this process's share of them."""
@@ -235,16 +240,27 @@ class Evaluation:
         """Write some answers down, and show how many are right so far."""
         with self.lock:
             self.answers.write(rows)
-            for (i, _), text, _ in rows:
-                question = self.questions[i]
+            for key, text, _ in rows:
+                question = self.questions[key[0]]
                 if question.answer is not None:
                     said = final_answer(text, self.args.prompt)
                     self.right.append(string_match(question.answer, said, question.choices))
             bar.set_postfix(accuracy=f"{np.mean(self.right or [0]):.3f}", refresh=False)
             bar.update(len(rows))
 
-    def finish(self) -> None:
-        """Write P.json and P.meta. The parts stay while an answer is missing."""
+    def finish(self, brief: bool) -> None:
+        """Write what is not written yet, and print the accuracies, or their average alone."""
+        if not self.done:
+            self.write()
+        lines = ["the right answers are hidden: send the file to the benchmark's server"]
+        if any(question.answer is not None for question in self.questions):
+            lines = summary_lines(self.out)
+        if brief:
+            lines = lines[:1]
+        print(f"saved {self.out}", *lines, sep="\n")
+
+    def write(self) -> None:
+        """P.json and P.meta. The parts stay while an answer is missing."""
         self.answers = Answers(self.out, self.about, self.rank)
         reasons = self.unanswered()
         self.refuse_if_many(reasons)
@@ -252,7 +268,8 @@ class Evaluation:
         for i in range(len(self.questions)):
             texts = []
             for order in range(self.args.orders):
-                texts.append(self.answers.given.get((i, order), ""))
+                key = (i, order)
+                texts.append(self.answers.given.get(key, ""))
             said.append(texts)
         predictions.write(self.out, self.args.data, self.questions, said, self.args.prompt)
         unanswered = {}
@@ -268,11 +285,6 @@ class Evaluation:
         text = json.dumps({**self.about, **more}, indent=1)
         write_text(predictions.meta_path(self.out), text)
 
-    def summary(self) -> list[str]:
-        if all(question.answer is None for question in self.questions):
-            return ["the right answers are hidden: send the file to the benchmark's server"]
-        return summary_lines(self.out)
-
 
 # -------------------------------------------------------------------------------------------------- answering
 
@@ -285,20 +297,36 @@ def answer_locally(job: Evaluation, lm: AudioLM, todo: list[int], bar: tqdm) -> 
         workers = max(1, min(8, os.cpu_count() // processes))
     batches = Batches(job.batches, lm.prompts, job.args.audio)
     options = {"num_workers": workers, "worker_init_fn": fsdp.ignore_signals}
-    for batch in DataLoader(batches, None, sampler=todo, **options):
-        rows = []
-        readable = []
-        for item in batch:
-            if item.problem:
-                rows.append((item.asked.key, "", item.problem))
-            else:
-                readable.append(item)
-        groups = []
-        if readable:
-            groups = lm.generate([item.prompt for item in readable], job.args.max_new_tokens)
-        for item, group in zip(readable, groups, strict=True):
-            rows.append((item.asked.key, lm.decode(group[0]), None))
-        job.record(rows, bar)
+    with ctrl_c_remembered() as ctrl_c:
+        for batch in DataLoader(batches, None, sampler=todo, **options):
+            rows = []
+            readable = []
+            for item in batch:
+                if item.problem:
+                    rows.append((item.asked.key, "", item.problem))
+                else:
+                    readable.append(item)
+            responses = []
+            if readable:
+                prompts = [item.prompt for item in readable]
+                responses = lm.generate(prompts, job.args.max_new_tokens)
+            for item, group in zip(readable, responses, strict=True):
+                text = lm.decode(group[0])
+                rows.append((item.asked.key, text, None))
+            job.record(rows, bar)
+            if ctrl_c.signal:
+                raise KeyboardInterrupt
+
+
+@contextmanager
+def ctrl_c_remembered() -> Iterator[fsdp.Stop]:
+    """Obeyed at once it would meet workers in the middle of handing a batch over, and they complain."""
+    remembered = fsdp.Stop()
+    before = signal.signal(signal.SIGINT, remembered)
+    try:
+        yield remembered
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def answer_remotely(job: Evaluation, todo: list[int], bar: tqdm) -> None:
@@ -306,12 +334,13 @@ def answer_remotely(job: Evaluation, todo: list[int], bar: tqdm) -> None:
     client = ChatClient(job.args.url, job.args.model)
     everything = []
     for b in todo:
-        everything += [asked for asked in job.batches[b] if asked.key not in job.answers.given]
+        everything += filter(job.is_open, job.batches[b])
     first = everything.pop(0)
     pool = ThreadPoolExecutor(job.args.batch_size)
     futures = []
     try:
-        warn_if_deaf(client, first, job.args.prompt, ask(client, job, first, bar))
+        read = ask(client, job, first, bar)
+        warn_if_deaf(client, first, job.args.prompt, read)
         for asked in everything:
             futures.append(pool.submit(ask, client, job, asked, bar))
         for future in as_completed(futures):
@@ -320,8 +349,11 @@ def answer_remotely(job: Evaluation, todo: list[int], bar: tqdm) -> None:
         raise InputError(f"{error}; {KEPT}") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        wait(futures, client.timeout)  # answers that are on their way are paid for, and written
-        client.stop.set()
+        on_their_way = [future for future in futures if not future.cancelled()]
+        try:
+            wait(on_their_way, client.timeout)  # they are paid for, and written
+        finally:
+            client.stop.set()
 
 
 def ask(client: ChatClient, job: Evaluation, asked: Asked, bar: tqdm) -> int:
@@ -373,14 +405,17 @@ def split(args: argparse.Namespace) -> list[argparse.Namespace]:
     for name in ("model", "data", "out"):
         if not getattr(args, name):
             raise InputError(f"--{name} is needed (see --help)")
-    for name, least in (("batch_size", 1), ("orders", 1), ("max_new_tokens", 1), ("seed", 0)):
-        if not least <= getattr(args, name) < 10**6:
-            raise InputError(f"--{name} {getattr(args, name)}: must be at least {least}, and below a million")
+    for name in ("batch_size", "orders", "max_new_tokens"):
+        if not 1 <= getattr(args, name) < 10**6:
+            raise InputError(f"--{name} {getattr(args, name)}: must be at least 1, and below a million")
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed}: must be at least 0")
     if not 0 <= args.max_bad <= 1:
         raise InputError(f"--max_bad {args.max_bad}: a share is between 0 and 1")
     if args.url and args.adapter:
         raise InputError("--adapter needs a checkpoint, not --url")
-    if len({predictions.meta_path(Path(out)) for out in args.out}) < len(args.out):
+    metas = {predictions.meta_path(Path(out)) for out in args.out}
+    if len(metas) < len(args.out):
         raise InputError("--out names a file twice")
     jobs = []
     for i, out in enumerate(args.out):
@@ -413,15 +448,13 @@ def in_agreement() -> Iterator[None]:
         raise InputError(reasons[0])
 
 
-def hold(jobs: list[argparse.Namespace]) -> list[IO]:
-    """The locks that keep a second start from the same files. Until they are garbage."""
-    locks = []
+def hold(jobs: list[argparse.Namespace], held: ExitStack) -> None:
+    """Lock each --out against a second start, for as long as `held` is open."""
     for job in jobs:
         out = Path(job.out)
         predictions.refuse_foreign(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        locks.append(one_writer(out.with_name(f".{out.name}.lock")))
-    return locks
+        held.enter_context(one_writer(out.with_name(f".{out.name}.lock")))
 
 
 def model_hashes(args: argparse.Namespace) -> dict[str, str]:
@@ -434,10 +467,9 @@ def model_hashes(args: argparse.Namespace) -> dict[str, str]:
 
 
 def load(args: argparse.Namespace, device: torch.device) -> AudioLM:
-    lm = load_model(args.model, getattr(torch, args.dtype), device, prompt=args.prompt)
+    dtype = getattr(torch, args.dtype)
+    lm = load_model(args.model, dtype, device, prompt=args.prompt)
     if args.adapter:
-        from lora import load_adapter
-
         load_adapter(lm, Path(args.adapter))
     return lm
 
@@ -450,29 +482,25 @@ def evaluate(args: argparse.Namespace) -> None:
     dtype = fsdp.compute_dtype(args.dtype, device)
     for one in [args, *several]:
         one.dtype = str(dtype).removeprefix("torch.")
-    with in_agreement():
-        locks = hold(several) if rank == 0 else []
-    with in_agreement():
-        hashes = model_hashes(args)
-        jobs = [Evaluation(one, hashes, rank) for one in several]
     lm = None
-    for job in jobs:
-        todo = job.todo()
+    with ExitStack() as held:
         with in_agreement():
-            if rank == 0 and not job.done:
-                job.write_meta({})
-            if todo and lm is None and not args.url:
-                lm = load(args, device)
-            job.answer(lm, todo[rank::world])
-        with in_agreement():
-            if rank == 0 and not job.done:
-                job.finish()
             if rank == 0:
-                lines = job.summary()
-                if len(jobs) > 1:
-                    lines = lines[:1]
-                print(f"saved {job.out}", *lines, sep="\n")
-    del locks
+                hold(several, held)
+        with in_agreement():
+            hashes = model_hashes(args)
+            jobs = [Evaluation(one, hashes, rank) for one in several]
+        for job in jobs:
+            todo = job.todo()
+            with in_agreement():
+                if rank == 0 and not job.done:
+                    job.write_meta({})
+                if todo and lm is None and not args.url:
+                    lm = load(args, device)
+                job.answer(lm, todo[rank::world])
+            with in_agreement():
+                if rank == 0:
+                    job.finish(brief=len(jobs) > 1)
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -541,7 +569,8 @@ def main() -> None:
     except KeyboardInterrupt:
         last_words = f"interrupted: {KEPT}"
         code = 130
-    if last_words and int(os.environ.get("RANK", 0)) == 0:
+    rank = int(os.environ.get("RANK", 0))
+    if last_words and rank == 0:
         print(last_words, file=sys.stderr, flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -135,8 +135,15 @@ def question_row(name: str, question: str, choices: list[str], seed: int) -> dic
 
 # ---------------------------------------------------------------------------------------------------- ledger
 
-DONE_KEYS = ("id", "video_name", "question_text", "multi_choice", "answer", "question_type")
-REJECTED_KEYS = ("id", "reason", "answer")
+REJECTED_KEYS = {"id": str, "reason": str, "answer": str}
+DONE_KEYS = {
+    "id": str,
+    "video_name": str,
+    "question_text": str,
+    "multi_choice": list,
+    "answer": int,
+    "question_type": str,
+}
 FRUITLESS = 100  # clips without one question: the model cannot do it, and each has five askings to pay
 
 
@@ -150,27 +157,28 @@ class Outcome:
     tokens_out: int = 0
 
 
-def own_rows(path: Path, keys: tuple[str, ...]) -> Iterator[dict]:
-    """The rows that this program wrote, without the half row that a kill may have left at the end.
-
-    Raises InputError for any other file.
+def own_rows(path: Path, keys: dict[str, type]) -> Iterator[dict]:
+    """The rows that this program wrote, without the half of one that a kill may have left at the end. Raises
+    InputError for any other file.
     """
     if not path.exists():
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             row = as_object(line.decode("utf-8", "replace"))
-            if row and set(keys) <= set(row) and row.get("question_type") in (None, "Generated"):
+            typed = all(isinstance(row.get(name), kind) for name, kind in keys.items())
+            if typed and row.get("question_type", "Generated") == "Generated":
                 yield row
             elif line.endswith(b"\n") or not is_half_row(line, keys):
                 raise InputError(f"{path}, line {number}: not one of our rows; move the file away")
 
 
-def is_half_row(line: bytes, keys: tuple[str, ...]) -> bool:
+def is_half_row(line: bytes, keys: dict[str, type]) -> bool:
     """Whether a line begins as our rows do, up to the second key."""
     text = line.decode("utf-8", "ignore")
     name = text[len('{"id": "') :].split('"')[0]
-    beginning = f'{{"id": "{name}", "{keys[1]}": '
+    second = list(keys)[1]
+    beginning = f'{{"id": "{name}", "{second}": '
     return beginning.startswith(text[: len(beginning)])
 
 
@@ -285,12 +293,15 @@ def keep_shortest(path: Path, count: int) -> None:
     """Section III-C's filter by length: the `count` shortest questions with choices, in a file beside."""
     lengths = []
     for row in own_rows(path, DONE_KEYS):
-        words = [row["question_text"], *row["multi_choice"]]
+        words = [row["question_text"], *map(str, row["multi_choice"])]
         lengths.append((len("".join(words)), row["id"]))
     lengths.sort()
     kept = {name for _, name in lengths[:count]}
     target = path.with_suffix(".shortest.jsonl")
-    lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in own_rows(path, DONE_KEYS) if r["id"] in kept]
+    lines = []
+    for row in own_rows(path, DONE_KEYS):
+        if row["id"] in kept:
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text(target, "".join(lines))
     longest = lengths[len(kept) - 1][0]
     print(f"{target}: the {len(kept)} shortest of {len(lengths)}, up to {longest} characters")

@@ -129,9 +129,13 @@ def step(
         prompts = [one.prompt for one in asked]
         generators = [question_generator(config.seed, one, policy.device) for one in asked]
         responses = policy.generate(
-            prompts, config.max_new_tokens, config.group_size, config.temperature, generators
+            prompts,
+            config.max_new_tokens,
+            config.group_size,
+            config.temperature,
+            generators,
         )
-        texts = [[policy.decode(response) for response in group] for group in responses]
+        texts = decode(policy, responses)
         # Reward, Eq. 2.
         rewards = group_rewards(asked, texts, config, reward)
         # Advantage, Eq. 1.
@@ -154,7 +158,8 @@ def step(
             (loss * len(rollout.asked) / count).backward()
             add(metrics, found, len(rollout.asked) / config.updates)
             add(metrics, {"entropy": entropy}, len(whole.asked) / config.updates)
-            add(metrics, {"seconds_score": scored - started, "seconds_update": clock() - scored})
+            add(metrics, {"seconds_score": scored - started})
+            add(metrics, {"seconds_update": clock() - scored})
         # Update.
         started = clock()
         update()
@@ -169,7 +174,19 @@ def question_generator(seed: int, asked: Any, device: torch.device) -> torch.Gen
     return torch.Generator(device).manual_seed(int(number))
 
 
-def group_rewards(asked: list, texts: list[list[str]], config: Namespace, reward: Callable) -> Tensor:
+def decode(policy: Any, responses: list[list[Tensor]]) -> list[list[str]]:
+    texts = []
+    for group in responses:
+        texts.append([policy.decode(response) for response in group])
+    return texts
+
+
+def group_rewards(
+    asked: list,
+    texts: list[list[str]],
+    config: Namespace,
+    reward: Callable,
+) -> Tensor:
     """Eq. 2 for B groups of G texts -> (B, G). What `--prompt` asks to be tagged is taken from its tag."""
     rewards = torch.zeros(len(asked), config.group_size)
     for b, one in enumerate(asked):
@@ -188,9 +205,11 @@ def what_teaches(rollout: Rollout, beta: float) -> Rollout:
     """
     if beta:
         return rollout
-    varied = rollout.advantages.abs().sum(-1) > 0
-    varied[0] |= not varied.any()
-    kept = varied.nonzero().flatten().tolist()
+    kept = []
+    for b, advantages in enumerate(rollout.advantages):
+        if advantages.any():
+            kept.append(b)
+    kept = kept or [0]
     return Rollout(
         [rollout.asked[b] for b in kept],
         [rollout.responses[b] for b in kept],
@@ -200,7 +219,12 @@ def what_teaches(rollout: Rollout, beta: float) -> Rollout:
     )
 
 
-def score(policy: Any, reference: Any, rollout: Rollout, config: Namespace) -> tuple[Tensor, float]:
+def score(
+    policy: Any,
+    reference: Any,
+    rollout: Rollout,
+    config: Namespace,
+) -> tuple[Tensor, float]:
     """Log-probs (B * G, T) of the rollout's responses under the policy, with their graph, and its entropy.
 
     What does not change from update to update (the reference's log-probs, those of the policy that sampled,
@@ -216,12 +240,16 @@ def score(policy: Any, reference: Any, rollout: Rollout, config: Namespace) -> t
         rollout.mask = scores.mask
         if config.mask_truncated:
             ended = has_ended(rollout.responses, policy.eos)
-            rollout.mask = scores.mask & ended.flatten().unsqueeze(1).to(scores.mask.device)
+            ended = ended.flatten().unsqueeze(1).to(scores.mask.device)  # (B * G, 1)
+            rollout.mask = scores.mask & ended
     return scores.logps, scores.entropy.mean().item()
 
 
 def rollout_loss(
-    logps: Tensor, rollout: Rollout, config: Namespace, length: float | None
+    logps: Tensor,
+    rollout: Rollout,
+    config: Namespace,
+    length: float | None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Eq. 3 and 4 on a rollout's (B * G, T) log-probs. Returns the loss with its graph, and metrics."""
     loss, found = grpo_loss(
@@ -239,7 +267,11 @@ def rollout_loss(
     return loss, found
 
 
-def loss_length(rollouts: list[Rollout], config: Namespace, policy: Any) -> float | None:
+def loss_length(
+    rollouts: list[Rollout],
+    config: Namespace,
+    policy: Any,
+) -> float | None:
     """What `--loss` divides the sum over a response's tokens by: None for Eq. 3's own length of each."""
     if config.loss == "sequence":
         return None
@@ -262,8 +294,10 @@ def loss_length(rollouts: list[Rollout], config: Namespace, policy: Any) -> floa
 
 def has_ended(responses: list[list[Tensor]], eos: Tensor) -> Tensor:
     """(B, G) bool: whether each response came to its end; if not, `max_new_tokens` cut it."""
-    last = torch.tensor([[int(response[-1]) for response in group] for group in responses])
-    return torch.isin(last, eos)
+    last = []
+    for group in responses:
+        last.append(torch.stack([response[-1] for response in group]))
+    return torch.isin(torch.stack(last), eos)
 
 
 def rollout_metrics(rollout: Rollout, eos: Tensor, prompt: str) -> dict[str, float]:

@@ -1,11 +1,10 @@
 """LoRA (arXiv 2106.09685): low-rank pairs beside the decoder's linear layers. The paper trains all weights.
 
-    python train.py --lora 16 --lr 1e-4 --out results/lora          (O/adapter, and O/model with it merged)
+    python train.py --lora 64 --lr 1e-5 --out results/lora          (O/adapter, and O/model with it merged)
     python evaluate.py --model BASE --adapter results/lora/adapter --data F --out P
 
-A linear layer W becomes W + (alpha / rank) B A: W frozen, A (rank, in) random, B (out, rank) zero at first.
-With its pairs switched off the policy is the base, which is the reference of Eq. 4: no second model is held.
-O/adapter is in PEFT's published format, whose names follow the real class's modules; peft is not needed.
+A linear layer W becomes W + (alpha / rank) B A: W frozen, A random, B zero at first. With its pairs off the
+policy is the base, the reference of Eq. 4: no second model is held. O/adapter is in PEFT's published format.
 """
 
 import json
@@ -16,47 +15,51 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from files import InputError
-from model import AudioLM, Scores
-from weights import file_of, first_line, opened, read_small_file
+from model import AudioLM, Prompt, Scores
+from weights import file_of, opened, read_small_file
 
-TARGET = r"(.*\.)?language_model\.layers\.\d+\.\w+\.(q|k|v|o|gate|up|down)_proj"  # a whole module's name
+TARGET = r"(.*\.)?language_model\.layers\.\d+\.\w+\.(q|k|v|o|gate|up|down)_proj"  # whole names, as in PEFT
+MOST_RANK = 1024
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-UNUSUAL = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+UNUSUAL = ("alpha_pattern", "modules_to_save", "rank_pattern", "use_dora", "use_rslora")
 
 
 class Pairs:
-    """All pairs of a model: what they are scaled by, and their switch. Called after each linear layer."""
+    """All pairs of a model: what they are scaled by, and their switch. A forward hook of each layer."""
 
     def __init__(self, lm: AudioLM, rank: int, alpha: float):
         self.lm = lm
         self.rank = rank
         self.alpha = alpha
+        self.scale = alpha / rank
         self.are_on = True
 
     def __call__(self, linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        """W x (..., out) -> W x + (alpha / rank) B A x, in the compute dtype as the master weights' own."""
+        """W x (..., out) -> W x + scale B A x, in the compute dtype: fp32 would keep x for backward twice."""
         if not self.are_on:
             return output
-        (x,) = inputs
-        low = F.linear(x, linear.lora_A.weight.to(x.dtype)) * (self.alpha / self.rank)
-        return output + F.linear(low, linear.lora_B.weight.to(x.dtype))
+        x = inputs[0]
+        A = linear.lora_A.weight.to(x.dtype)
+        B = linear.lora_B.weight.to(x.dtype)
+        low = self.scale * F.linear(x, A)  # (..., rank)
+        return output + F.linear(low, B)
 
+    @torch.no_grad()
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """A parameter of the base with its pair added, in fp32; as it is where it has none."""
-        module, _, kind = name.rpartition(".")
-        linear = self.lm.model.get_submodule(module)
-        if kind != "weight" or not hasattr(linear, "lora_A"):
+        layer = name.removesuffix(".weight")
+        if not re.fullmatch(TARGET, layer):
             return weight
-        product = linear.lora_B.weight.detach() @ linear.lora_A.weight.detach()
-        return weight.float() + product * (self.alpha / self.rank)
+        linear = self.lm.model.get_submodule(layer)
+        product = linear.lora_B.weight @ linear.lora_A.weight
+        return weight.float() + self.scale * product
 
-    def score(self, prompts: list, groups: list[list[Tensor]]) -> Scores:
+    def score(self, prompts: list[Prompt], groups: list[list[Tensor]]) -> Scores:
         """What the base says of the responses: a reference for grpo.step."""
         self.are_on = False
         try:
@@ -65,25 +68,19 @@ class Pairs:
             self.are_on = True
 
 
-def linear_layers(lm: AudioLM) -> dict[str, nn.Linear]:
-    """Module name -> each linear layer that gets a pair: the decoder's, not the audio tower's of like names."""
-    layers = {}
-    for name, module in lm.model.named_modules():
-        if re.fullmatch(TARGET, name):
-            layers[name] = module
-    return layers
-
-
 def attach(lm: AudioLM, rank: int, alpha: float, seed: int = 0) -> Pairs:
     """Freeze a model whose weights are read, sharded or not; add fp32 pairs, whole in each process."""
     lm.requires_grad_(False)
-    numbers = torch.Generator().manual_seed(seed)  # on the CPU: the same A on all devices and processes
     pairs = Pairs(lm, rank, alpha)
-    for linear in linear_layers(lm).values():
+    numbers = torch.Generator().manual_seed(seed)  # on the CPU: the same A on all devices and processes
+    for name, linear in list(lm.model.named_modules()):
+        if not re.fullmatch(TARGET, name):
+            continue
         linear.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=lm.device)
         linear.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=lm.device)
         bound = 1 / math.sqrt(linear.in_features)  # PEFT's
-        first = torch.empty(linear.lora_A.weight.shape).uniform_(-bound, bound, generator=numbers)
+        first = torch.empty(linear.lora_A.weight.shape)
+        first.uniform_(-bound, bound, generator=numbers)
         linear.lora_A.weight.data.copy_(first)
         linear.lora_B.weight.data.zero_()
         linear.register_forward_hook(pairs)
@@ -101,7 +98,7 @@ def pair_weights(lm: AudioLM) -> dict[str, Tensor]:
 
 
 def save_adapter(pairs: Pairs, folder: Path, base: str) -> None:
-    """A folder in PEFT's format, renamed into place. By one process. InputError if the disk is full."""
+    """A folder in PEFT's format, renamed into place. By one process. Raises OSError if the disk is full."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -111,18 +108,14 @@ def save_adapter(pairs: Pairs, folder: Path, base: str) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": TARGET,
-        "inference_mode": True,
     }
     scratch = folder.with_name(folder.name + ".writing")
     shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(parents=True)
-        save_file(pair_weights(pairs.lm), scratch / WEIGHTS, metadata={"format": "pt"})
-        (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"the adapter cannot be saved to {folder}: {first_line(error)}") from None
+    scratch.mkdir(parents=True)
+    (scratch / WEIGHTS).write_bytes(save(pair_weights(pairs.lm), {"format": "pt"}))
+    (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
 
 
 def load_adapter(lm: AudioLM, folder: Path) -> None:
@@ -131,41 +124,27 @@ def load_adapter(lm: AudioLM, folder: Path) -> None:
     rank = config.get("r")
     alpha = config.get("lora_alpha")
     unusual = [option for option in UNUSUAL if config.get(option)]
-    if unusual or type(rank) is not int or type(alpha) not in (int, float):
-        why = ", ".join(unusual) or "no r or lora_alpha"
-        raise InputError(f"{folder}/{CONFIG} is missing, or of no plain LoRA adapter ({why})")
-    check_base(folder, config.get("base_model_name_or_path"), lm.folder)
-    path = file_of(folder, WEIGHTS)
-    check_shapes(lm, path, rank)
+    plain = type(rank) is int and 0 < rank <= MOST_RANK and isinstance(alpha, int | float)
+    if unusual or not plain:
+        raise InputError(f"{folder}/{CONFIG} is missing, or not of a plain LoRA adapter {unusual or ''}")
+    check_base(folder, str(config.get("base_model_name_or_path")), lm.folder)
+    file = opened(file_of(folder, WEIGHTS))
     attach(lm, rank, alpha)
-    saved = load_file(path)
-    for name, weight in pair_weights(lm).items():
-        weight.copy_(saved[name])
+    weights = pair_weights(lm)
+    unmatched = weights.keys() ^ set(file.keys())
+    if unmatched:
+        raise InputError(f"{folder} has not the pairs of this model ({min(unmatched)}): of another?")
+    for name, weight in weights.items():
+        saved = file.get_tensor(name)
+        if saved.shape != weight.shape:
+            raise InputError(f"{folder}: {name} is {list(saved.shape)}, the model's {list(weight.shape)}")
+        weight.copy_(saved)
 
 
 def check_base(folder: Path, named: str, base: Path) -> None:
     """Compare the adapter's base with the model's folder: the same one or, elsewhere, one of its name."""
-    named = Path(str(named))
-    parts = [part.split("--")[-1] for part in base.resolve().parts]  # hub cache: models--owner--name
-    same = named.name in parts
-    if named.is_dir():
-        same = named.samefile(base)
+    same = Path(named).name in re.split(r"/|--", str(base.resolve()))  # hub cache: models--owner--name
+    if Path(named).is_dir():
+        same = base.samefile(named)
     if not same:
         raise InputError(f"{folder} is an adapter of {named}, not of {base}: give that --model")
-
-
-def check_shapes(lm: AudioLM, path: Path, rank: int) -> None:
-    """Compare the file's header with the model's layers, before the pairs get any memory."""
-    shapes = {}
-    for name, linear in linear_layers(lm).items():
-        shapes[f"base_model.model.{name}.lora_A.weight"] = [rank, linear.in_features]
-        shapes[f"base_model.model.{name}.lora_B.weight"] = [linear.out_features, rank]
-    file = opened(path)
-    found = dict.fromkeys(file.keys())
-    for name in found:
-        found[name] = file.get_slice(name).get_shape()
-    for name in sorted(shapes | found):
-        if found.get(name) != shapes.get(name):
-            saved = found.get(name, "missing")
-            wanted = shapes.get(name, "without it")
-            raise InputError(f"{path}: {name} is {saved}, the model {wanted}: an adapter of another model")

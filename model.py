@@ -95,7 +95,9 @@ class PromptEncoder:
             special = len(self.template("<|im_end|>")) == 1
         except Exception as error:  # whatever a malformed file makes the libraries raise
             why = first_line(error)
-            raise InputError(f"{folder}: no tokenizer or feature extractor that can be read ({why})") from None
+            raise InputError(
+                f"{folder}: no tokenizer or feature extractor that can be read ({why})"
+            ) from None
         if not special or words > config.text_config.vocab_size:
             raise InputError(f"{folder}: the tokenizer is of another model than config.json")
         self.seconds = self.extractor.chunk_length * self.family.windows  # the published processor's maximum
@@ -155,7 +157,9 @@ class PromptEncoder:
         limit = self.seconds * 16_000
         if len(waveform) > limit:
             self.longer_clips += 1
-            log.warning("%s is longer than %d s: cut there (%d so far)", path, self.seconds, self.longer_clips)
+            log.warning(
+                "%s is longer than %d s: cut there (%d so far)", path, self.seconds, self.longer_clips
+            )
         return waveform[:limit]
 
     def template(self, text: str) -> list[int]:

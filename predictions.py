@@ -198,7 +198,7 @@ class Answers:
         self.started = True
 
 
-# ------------------------------------------------------------------------------------------------------ P.json
+# ----------------------------------------------------------------------------------------------------- P.json
 
 
 def write(out: Path, data: str, questions: list[Question], said: list[list[str]], prompt: str) -> None:

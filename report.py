@@ -167,7 +167,7 @@ def find_results(folder: Path) -> list[Result]:
         if questions and not scores:
             status = "sent to the server"  # MMAU's test-full hides its answers
         results.append(Result(run, bench, audio, path, questions, scores, status))
-    return results
+    return sorted(results, key=lambda result: result.audio != "real")  # what was heard comes first
 
 
 def read_about(meta: Path) -> dict[str, str]:
@@ -367,7 +367,7 @@ def page(data: dict[str, Any]) -> str:
     if not end:
         raise InputError(f"{TEMPLATE} has lost its slot for the data: {SLOT}…</script>")
     finite = parse_json(json.dumps(data))  # a sample's 1e999 is None then: infinity is no JSON
-    text = json.dumps(finite, separators=(",", ":"))  # in ASCII: U+2028 and half characters are escaped already
+    text = json.dumps(finite, separators=(",", ":"))  # in ASCII, so U+2028 and half characters are escaped
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return before + slot + text + end + after

@@ -85,7 +85,7 @@ def add_data_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--audio_dir",
         nargs="+",
-        default=["data/vggsound/audio"],
+        default=["data/avqa/audio"],
         help="folder of the clips, one for all question files or one each",
     )
     add(

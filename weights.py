@@ -53,12 +53,13 @@ SMALL_FILES = (  # beside the weights; nothing else of a model folder is fetched
     "spk_dict.pt",  # Qwen2.5-Omni's voices, a pickle: copied, never read
 )
 SMALL = 64 * 2**20  # bytes; the largest that is published, tokenizer.json, has 11 MB
-MOST = {
+MOST = {  # sizes that cost hours or terabytes before any weight's shape could contradict them
+    "num_hidden_layers": 500,
+    "encoder_layers": 500,
+    "depth": 500,
     "n_window": 10_000,
     "max_source_positions": 100_000,
-    "depth": 500,
-}  # sizes that no weight's shape tells
-MOST_LAYERS = 500
+}
 FILE_BYTES = 4 * 2**30
 WHOLE = "thinker."  # begins the names of the thinker's weights in the hub's whole Qwen2.5-Omni
 NOT_LOADED = (
@@ -185,24 +186,26 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         config = getattr(config, "thinker_config", config)
-        sizes = (config.text_config.vocab_size, config.audio_config.num_mel_bins, config.audio_token_id)
+        text = config.text_config
+        sizes = (text.vocab_size, config.audio_config.num_mel_bins, config.audio_token_id)
+        half = text.hidden_size // text.num_attention_heads // 2
+        sections = text.rope_parameters.get("mrope_section")
     except Exception as error:  # whatever a malformed file makes the library raise
         raise InputError(f"{folder}/config.json cannot be read: {first_line(error)}") from None
     if not all(type(size) is int and size > 0 for size in sizes) or sizes[2] >= sizes[0]:
         raise InputError(f"{folder}/config.json: vocab_size, num_mel_bins or audio_token_id makes no sense")
+    if sections and sum(sections) != half:
+        raise InputError(f"{folder}/config.json: mrope_section {sections} does not make up half of a head")
     return config
 
 
 def check_sizes(config: dict[str, Any], folder: Path) -> None:
-    """Refuse numbers that would cost hours or terabytes before any weight's shape could contradict them."""
+    """Refuse sizes outside 1 to `MOST`, at any level of the config."""
     for key, value in config.items():
         if isinstance(value, dict):
             check_sizes(value, folder)
-        most = MOST.get(key)
-        if key.endswith("layers"):
-            most = MOST_LAYERS
-        if most and isinstance(value, int | float) and not 0 <= value <= most:
-            raise InputError(f"{folder}/config.json: {key} is {value}; it lies between 0 and {most}")
+        elif key in MOST and not (type(value) is int and 1 <= value <= MOST[key]):
+            raise InputError(f"{folder}/config.json: {key} is {value!r}, not between 1 and {MOST[key]}")
 
 
 def check_extractor(folder: Path, mels: int) -> None:
@@ -327,6 +330,11 @@ def check_weights(model: nn.Module, family: Family, folder: Path) -> None:
             raise InputError(
                 f"{folder}: {stored} is stored as {rows.get_dtype()}: quantized weights are not read"
             )
+    head = weights.stored_name("lm_head.weight", family)
+    if head not in wanted and head in weights.files:
+        table = weights.stored_name("model.language_model.embed_tokens.weight", family)
+        if not torch.equal(weights.rows(head)[:], weights.rows(table)[:]):
+            raise InputError(f"{folder}: tie_word_embeddings is true, but {head} and {table} differ")
     for ours, _ in family.names:
         prefix = weights.stored_name(ours, family)
         if not any(name.startswith(prefix) for name in wanted):
@@ -456,9 +464,12 @@ def write_small_files(
         thinker["architectures"] = [lm.prompts.family.model_class.__name__]
         config = thinker
     named = str(dtype).removeprefix("torch.")
-    if "torch_dtype" not in config:  # the name of before 2026
-        config["dtype"] = named
-    for part in (config, thinker, thinker["text_config"], thinker["audio_config"]):
+    for part in (config, thinker):
+        key = "dtype"
+        if "torch_dtype" in part:  # its name until 2025
+            key = "torch_dtype"
+        part[key] = named
+    for part in (thinker["text_config"], thinker["audio_config"]):
         for key in ("dtype", "torch_dtype"):
             if part.get(key):
                 part[key] = named

@@ -28,10 +28,10 @@ printf '\n== a stand-in for the hub (tests/hub.py) and one for ChatGPT (tests/ch
 serve hub tests/hub.py --worlds "${worlds[@]}" --root "$RESULTS/world/hub"
 serve chat tests/chat_server.py
 
-export RESULTS MASTER_PORT DATA="$RESULTS/data" HF_HOME="$PWD/$RESULTS/hf" HF_HUB_DISABLE_PROGRESS_BARS=1 OMP_NUM_THREADS=1
+export RESULTS MASTER_PORT DATA="$RESULTS/data" HF_HOME="$(realpath "$RESULTS")/hf" HF_HUB_DISABLE_PROGRESS_BARS=1 OMP_NUM_THREADS=1
 HF_ENDPOINT=$(cat "$RESULTS/hub") URL=$(cat "$RESULTS/chat")
 export HF_ENDPOINT URL GPT=stand-in OMNI=Qwen/Qwen2.5-Omni-7B QWEN2AUDIO=Qwen/Qwen2-Audio-7B-Instruct
-export GPUS=2 STEPS=60 LONG=90 KEEP_SHORTEST=400 HOLD_OUT=40 RESERVE=1 BENCHES="mmau-mini mmau-mini-v2 mmau-full mmar"
+export GPUS=2 STEPS="${STEPS:-60}" LONG="${LONG:-90}" KEEP_SHORTEST=400 HOLD_OUT=40 RESERVE=1 BENCHES="mmau-mini mmau-mini-v2 mmau-full mmar"
 export FETCH="--limit 1000" TRAIN="--lr 5e-4 --max_new_tokens 8 --seed $SEED" EVAL="--max_new_tokens 8"
 bash run.sh
 bash run.sh omni-avqa-lora report

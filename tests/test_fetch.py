@@ -211,18 +211,20 @@ def test_killed_at_any_moment_it_ends_with_the_same_files(kills, small, server, 
     assert tree(data) == tree(tmp_path / "undisturbed")
 
 
-def test_a_damaged_file_is_named_and_fetched_again(small, server, tmp_path):
-    repo = server.root / "datasets/gijs/avqa-processed/train"
-    fetch.fetch_set("avqa", options(tmp_path / "undisturbed"))
-    for name, broken in {"data-00001-of-00003.arrow": b"", "data-00002-of-00003.arrow": b"\xff" * 64}.items():
-        good = (repo / name).read_bytes()
-        (repo / name).write_bytes(good[: len(good) // 2] if broken == b"" else broken)
-        with pytest.raises(InputError, match=f"{name} is damaged"):
-            fetch.fetch_set("avqa", options(tmp_path / "data"))
-        (repo / name).write_bytes(good)
+@pytest.mark.parametrize("name", ["avqa", "mmar"])
+@pytest.mark.parametrize("damage", ["truncated", "other bytes"])
+def test_a_damaged_file_is_named_and_fetched_again(name, damage, small, server, tmp_path):
+    fetch.fetch_set(name, options(tmp_path / "undisturbed"))
+    file = {"avqa": "train/data-00001-of-00003.arrow", "mmar": "mmar-audio.tar.gz"}[name]
+    path = server.root / "datasets" / fetch.SETS[name].repo / file
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2] if damage == "truncated" else b"\xff" * len(good))
+    with pytest.raises(InputError, match=f"{path.name} is damaged"):
+        fetch.fetch_set(name, options(tmp_path / "data"))
+    path.write_bytes(good)
     server.asked.clear()
-    fetch.fetch_set("avqa", options(tmp_path / "data"))
-    assert server.asked == ["train/data-00002-of-00003.arrow"]
+    fetch.fetch_set(name, options(tmp_path / "data"))
+    assert server.asked == [file]
     assert tree(tmp_path / "data") == tree(tmp_path / "undisturbed")
 
 
@@ -278,10 +280,11 @@ def test_no_name_leads_out_of_the_folder(tmp_path, small):
     found = fetch.unpack("evil.tar.gz", tmp_path / "evil.tar.gz", fetch.SETS["mmar"], data, 1e9)
     assert len(found["broken"]) == 3
     found = fetch.unpack("evil.arrow", tmp_path / "evil.arrow", fetch.SETS["avqa"], data, 1e9)
-    assert len(found["broken"]) == 2
+    assert len(found["broken"]) == 1
     outside = [p.name for p in tmp_path.rglob("*.wav") if data not in p.parents]
     assert outside == []
     assert sorted(p.name for p in data.rglob("*.*")) == [
+        "...wav",
         "abs.wav",
         "absolute.wav",
         "fine.wav",
@@ -404,11 +407,11 @@ def test_a_stage_that_fails_stops_the_rest(small, server, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [".parquet", ".arrow"])
 def test_memory_stays_flat(ending, tmp_path):
-    """200 MB and 800 MB of embedded clips, in row groups of 32 MB: the same peak."""
+    """50 MB and 200 MB of embedded clips, in groups of 32 MB: the same peak."""
     sound = io.BytesIO()
     soundfile.write(sound, [0.1] * 160_000, 16000, format="WAV")
     peaks = []
-    for count in (625, 2500):
+    for count in (160, 640):
         audio = {"bytes": sound.getvalue(), "path": None}
         rows = []
         for i in range(count):
@@ -429,10 +432,7 @@ def test_memory_stays_flat(ending, tmp_path):
         said = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
-        peaks.append(
-            int(re.search(r"VmHWM:\s+(\d+)", said)[1]) / 1024
-            - int(re.search(r"RssFile:\s+(\d+)", said)[1]) / 1024
-        )
+        peaks.append(int(re.search(r"VmHWM:\s+(\d+)", said)[1]) / 1024)
         shutil.rmtree(tmp_path / "out")
     assert max(peaks) < 500
-    assert peaks[1] < 1.3 * peaks[0]
+    assert peaks[1] < peaks[0] + 60

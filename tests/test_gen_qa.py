@@ -324,7 +324,7 @@ def test_a_disturbed_and_killed_run_gives_the_rows_of_an_undisturbed_one(tmp_pat
 @pytest.mark.slow
 def test_twenty_kills(tmp_path, serve):
     test_a_disturbed_and_killed_run_gives_the_rows_of_an_undisturbed_one(
-        tmp_path, serve, kills=20, clips=3000
+        tmp_path, serve, kills=20, clips=1000
     )
 
 
@@ -333,6 +333,8 @@ FOREIGN = {
     "one line of JSON without an end": '[{"id": "a", "video_name": "a"}]' * 5000,
     "AVQA's rows": json.dumps({"id": 1, "video_name": "a", "question_text": "?", "multi_choice": ["a"], "answer": 0,
                                "question_type": "Is"}) + "\n",
+    "a row whose id is a list": '{"id": [], "video_name": "a", "question_text": "?", "multi_choice": [], "answer": 0, '
+    '"question_type": "Generated"}\n',
     "a JSON row without an end": '{"id": "a", "mine": 1}',
     "half of a JSON row": '{"id": "a", "mi',
     "half a row after a foreign one": '{"a": 1}\n{"id": "b',

@@ -74,3 +74,54 @@ def test_without_beta_no_reference_is_needed():
         logps, logps.detach(), None, torch.tensor([1.0, -1.0]), torch.ones(2, 3) > 0, beta=0
     )
     assert loss.item() == pytest.approx(0, abs=1e-7) and metrics["kl"] == 0
+
+
+def trl_loss(kind, logps, old_logps, ref_logps, advantages, mask, settings):
+    """GRPOTrainer._compute_loss of TRL 0.24 (trl/trainer/grpo_trainer.py), its branches written out."""
+    coef_1 = torch.exp(logps - old_logps)
+    coef_2 = torch.clamp(coef_1, 1 - settings["epsilon_low"], 1 + settings["epsilon_high"])
+    per_token_loss = -torch.min(coef_1 * advantages.unsqueeze(1), coef_2 * advantages.unsqueeze(1))
+    if settings["beta"] != 0.0:
+        per_token_kl = torch.exp(ref_logps - logps) - (ref_logps - logps) - 1
+        per_token_loss = per_token_loss + settings["beta"] * per_token_kl
+    if kind == "grpo":
+        return ((per_token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+    if kind == "dr_grpo":
+        return (per_token_loss * mask).sum() / (per_token_loss.size(0) * settings["max_completion_length"])
+    assert kind == "dapo"
+    return (per_token_loss * mask).sum() / mask.sum()  # num_items_in_batch / num_processes, of one process
+
+
+@pytest.mark.parametrize("updated", [False, True], ids=["first update", "second update"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize(("beta", "high"), [(0.04, 0.2), (0.0, 0.28)])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "mask_truncated"])
+def test_loss_and_gradient_of_each_variant_are_trls(kind, updated, beta, high, masked):
+    lengths = torch.tensor([1, 7, 4, 6, 3])
+    mask = torch.arange(7) < lengths[:, None]
+    if masked:
+        mask[1] = False  # TRL's completion_mask * (~is_truncated)
+    old, ref, now = (
+        -torch.rand(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ).unbind()
+    logps = (now if updated else old).clone().requires_grad_()
+    advantages = group_advantages(
+        torch.tensor([1.0, 0, 0, 1, 1], dtype=torch.float64), scale=kind != "dr_grpo"
+    )
+    settings = {"epsilon_low": 0.2, "epsilon_high": high, "beta": beta, "max_completion_length": 16}
+    expected = trl_loss(kind, logps, old, ref, advantages, mask.double(), settings)
+    length = {"grpo": None, "dr_grpo": 16, "dapo": mask.sum().item() / 5}[kind]
+    loss, metrics = grpo_loss(
+        logps, old, ref, advantages, mask, 0.2, beta, epsilon_high=high, length=length
+    )  # fmt: skip
+    assert abs(loss - expected) <= 1e-12
+    (theirs,) = torch.autograd.grad(expected, logps)
+    (ours,) = torch.autograd.grad(loss, logps)
+    assert (ours - theirs).abs().max() <= 1e-12 and theirs.abs().max() > 0
+    assert (metrics["clip_ratio"] > 0) == updated
+
+
+def test_without_scaling_the_advantage_is_dr_grpos():
+    rewards = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5]])
+    expected = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0, 0, 0, 0]])
+    assert torch.equal(group_advantages(rewards, scale=False), expected)

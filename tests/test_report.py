@@ -242,9 +242,11 @@ def test_predictions_of_one_name_all_appear(tmp_path):
         write_run(tmp_path / name, mmau_rows(), "p")
     write_run(tmp_path / "run", mmau_rows())
     write_run(tmp_path / "run", mmau_rows(), "eval/mmau-mini.again")
+    lines = tmp_path / "lines.jsonl"
+    write_run(tmp_path, mmau_rows(), "lines.jsonl").rename(lines)  # evaluate.py --out lines.jsonl
     rows = re.findall(r"^\| (\S+) \| mmau-mini \| real \|", report(tmp_path), re.M)
-    assert len(rows) == len(set(rows)) == 5 and {"p", "run"} <= set(rows)
-    assert len(page_data(tmp_path)["questions"]["mmau-mini"]["runs"]) == 5
+    assert len(rows) == len(set(rows)) == 6 and {"p", "run", "lines"} <= set(rows)
+    assert len(page_data(tmp_path)["questions"]["mmau-mini"]["runs"]) == 6
 
 
 def test_nothing_in_the_data_ends_the_slot_or_stands_for_it(tmp_path):
@@ -310,6 +312,15 @@ def test_scores_go_into_the_model_card_once(tmp_path):
     report(tmp_path)
     assert card.read_text() == first and first.count("| run | mmau-mini | real | **75.0 [") == 1
     assert first.startswith("# A model\n\n<!-- scores -->\n") and first.endswith("\n\n## Recipe\n")
+
+
+def test_a_tagged_answer_is_shown_whole_and_scored_by_what_it_ends_in(tmp_path):
+    rows = mmau_rows(1, right=lambda i: True)
+    rows[0]["raw_output"] = "<think>" + "It barks. " * 200 + "</think><answer>dog</answer>"
+    write_run(tmp_path / "base-omni-think", rows)
+    assert "| Zero-Shot-CoT (not in the paper) | **100.0 [" in report(tmp_path)
+    said = page_data(tmp_path)["questions"]["mmau-mini"]["questions"][0]["said"]["0"]
+    assert said.endswith("It barks. </think><answer>dog</answer>") and len(said) < 1000
 
 
 def test_a_large_folder_gives_a_page_of_reasonable_size(tmp_path):

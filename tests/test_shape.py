@@ -1,39 +1,129 @@
-"""The codebase stays what the README says: links point at what they name, files and functions stay short."""
+"""The codebase stays what the README says: sparse, typed, one concern a file, and links that point where they say."""
 
 import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(ROOT.glob("*.py"))
+LAYOUT = (
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+    tokenize.COMMENT,
+)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+# What a file may import of ours: the files above it, in the order in which a reader meets them.
+ORDER = "files data reward grpo weights model fsdp lora plan journal train chat report evaluate gen_qa fetch"
+ORDER = ORDER.split()
+
+
+def docstring_lines(tree):
+    lines = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            lines.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return lines
+
+
+def density(source):
+    """(tokens, code lines) of a file, docstrings and comments left out."""
+    skipped = docstring_lines(ast.parse(source))
+    tokens, code = 0, set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in LAYOUT and token.start[0] not in skipped:
+            tokens += 1
+            code.update(range(token.start[0], token.end[0] + 1))
+    return tokens, len(code - skipped)
+
+
+def nodes(kind):
+    return [
+        node for file in FILES for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kind)
+    ]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_no_file_is_dense(file):
+    tokens, lines = density(file.read_text())
+    assert tokens / lines <= 9
+
+
+def test_one_step_a_line():
+    """In 100 code lines; what nanochat, gpt-fast and GRPO-Zero have is 0.5 to 2.8, 0.3 to 1.6, 0 to 0.7."""
+    totals = [density(file.read_text()) for file in FILES]
+    hundreds = sum(lines for _, lines in totals) / 100
+    assert sum(tokens for tokens, _ in totals) / hundreds / 100 <= 8.5
+    assert len(nodes(COMPREHENSIONS)) / hundreds <= 3.5
+    assert len(nodes(ast.IfExp)) / hundreds <= 2
+    paired = [
+        node
+        for node in nodes(ast.Assign)
+        if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+    ]
+    assert len(paired) / hundreds <= 1
+    assert not nodes(ast.NamedExpr)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_functions_are_short_and_typed_and_take_few_arguments(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        where = f"{file.name}:{node.lineno} {node.name}"
+        assert node.end_lineno - node.lineno < 60, where
+        arguments = [a for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")]
+        assert all(a.annotation is not None for a in arguments), where
+        if node.name not in ("__init__", "grpo_loss"):  # Eq. 3 has as many symbols
+            assert len(arguments) <= 6, where
+
+
+def test_no_import_runs_upward():
+    assert [file.stem for file in FILES] == sorted(ORDER), (
+        "a new module needs a place in the order, and a reason"
+    )
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                if name in ORDER:
+                    assert ORDER.index(name) < ORDER.index(file.stem), f"{file.name} imports {name}"
+                assert name.split(".")[0] != "pyarrow" or file.name == "fetch.py", file.name
 
 
 def test_the_readmes_links_point_at_what_they_name():
     links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", (ROOT / "README.md").read_text())
     assert len(links) >= 4
     for name, file, line in links:
-        assert (
-            (ROOT / file)
-            .read_text()
-            .splitlines()[int(line) - 1]
-            .startswith((f"def {name}(", f"class {name}"))
-        ), name
-
-
-def test_files_and_functions_are_short():
-    for file in ROOT.glob("*.py"):
-        source = file.read_text()
-        assert len(source.splitlines()) <= 400, file.name
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{file.name}: {node.name}"
+        found = (ROOT / file).read_text().splitlines()[int(line) - 1]
+        assert found.strip().startswith((f"def {name}(", f"class {name}")), f"{file}#L{line} is no {name}"
+    for link in re.findall(r"\]\(([\w/.]+)(?:#L\d+)?\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / link).exists(), link
 
 
 def test_nothing_is_unpickled_and_no_remote_code_is_trusted():
-    for file in ROOT.glob("*.py"):
+    for file in FILES:
         source = file.read_text()
         assert not re.search(r"trust_remote_code|pickle\.load|torch\.load\(", source), file.name
 
 
+def test_the_page_is_in_its_own_file():
+    for file in FILES:
+        assert not re.search(r"</?(div|span|svg|script|style|table|html)\b", file.read_text()), file.name
+
+
 def test_run_time_packages_are_the_six_and_pyarrow():
-    names = [re.split("[=<>]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    names = [re.split("[=<> #]", line)[0] for line in lines if line and not line.startswith("#")]
     assert sorted(names) == ["numpy", "pyarrow", "requests", "soundfile", "torch", "tqdm", "transformers"]

@@ -103,10 +103,11 @@ def test_a_whole_base_gives_a_whole_model_that_everything_loads(whole, tmp_path,
     assert len(list(saved.glob("*.safetensors"))) > 3
     assert shapes(saved) == shapes(whole)
     assert (saved / "spk_dict.pt").read_bytes() == (whole / "spk_dict.pt").read_bytes()
-    assert json.loads((saved / "config.json").read_text()) == json.loads((whole / "config.json").read_text())
+    config = json.loads((whole / "config.json").read_text())
+    config["thinker_config"]["dtype"] = "float32"
+    assert json.loads((saved / "config.json").read_text()) == config
 
-    theirs, info = Qwen2_5OmniForConditionalGeneration.from_pretrained(saved, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    theirs = Qwen2_5OmniForConditionalGeneration.from_pretrained(saved)  # a missing weight would be random
     base = tensors(whole)
     for name, value in theirs.state_dict().items():
         ours = name.removeprefix("thinker.")
@@ -164,7 +165,10 @@ def test_saved_in_bf16_the_config_says_so_and_copies_stay_as_they_are(whole, tmp
     lm = changed(whole)
     lm.save(tmp_path / "saved", torch.bfloat16)
     found = shapes(tmp_path / "saved")
-    assert found["thinker.lm_head.weight"][1] == "BF16" and found["thinker.visual.merger.ln_q.weight"][1] == "F32"
+    assert (
+        found["thinker.lm_head.weight"][1] == "BF16"
+        and found["thinker.visual.merger.ln_q.weight"][1] == "F32"
+    )
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and config["model_type"] == "qwen2_5_omni"
     thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype="auto")
@@ -184,32 +188,31 @@ def test_qwen2_audio_loads_where_its_base_did(world_qwen2audio, tmp_path):
         assert torch.equal(value, state[name]), name
 
 
-@pytest.mark.parametrize("family", ["omni", "qwen2audio"])
-def test_tied_embeddings_are_one_parameter_loaded_and_saved(family, world, world_qwen2audio, tmp_path):
-    source = {"omni": world, "qwen2audio": world_qwen2audio}[family] / "model"
+@pytest.mark.parametrize("twice", [False, True])
+def test_tied_embeddings_are_one_parameter_loaded_and_saved(twice, world, tmp_path):
     base = tmp_path / "base"
-    shutil.copytree(source, base)
-    config = json.loads((base / "config.json").read_text())
-    thinker = config.get("thinker_config", config)
-    thinker["tie_word_embeddings"] = True
-    thinker["text_config"]["tie_word_embeddings"] = True
-    (base / "config.json").write_text(json.dumps(config))
+    shutil.copytree(world / "model", base)
+    edit("config.json", thinker_config__tie_word_embeddings=True)(base)
+    edit("config.json", thinker_config__text_config__tie_word_embeddings=True)(base)
+    with pytest.raises(InputError, match="tie_word_embeddings is true, but thinker.lm_head.weight"):
+        load_model(base)
     kept = tensors(base)
-    for name in list(kept):
-        if name.endswith("lm_head.weight") and "talker" not in name:
-            del kept[name]
+    head = kept.pop("thinker.lm_head.weight")
+    if twice:  # as some files hold them
+        kept["thinker.lm_head.weight"] = kept["thinker.model.embed_tokens.weight"].clone()
+        assert head.shape == kept["thinker.lm_head.weight"].shape
     save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
     lm = changed(base)
-    text = lm.model.model.language_model
-    assert lm.model.lm_head.weight is text.embed_tokens.weight
-    assert [name for name, _ in lm.model.named_parameters() if "lm_head" in name] == []
+    table = lm.model.model.language_model.embed_tokens.weight
+    assert lm.model.lm_head.weight is table
+    assert not any("lm_head" in name for name, _ in lm.model.named_parameters())
     score(lm).sum().backward()
-    assert text.embed_tokens.weight.grad.abs().sum() > 0
+    assert table.grad.abs().sum() > 0
     lm.save(tmp_path / "saved")
     assert shapes(tmp_path / "saved") == shapes(base)
     assert torch.equal(score(load_model(tmp_path / "saved")), score(lm))
-    theirs = lm.prompts.family.model_class.from_pretrained(tmp_path / "saved")
-    assert torch.equal(theirs.lm_head.weight, text.embed_tokens.weight)
+    theirs = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert torch.equal(theirs.lm_head.weight, table)
 
 
 def test_without_audio_the_audio_side_is_not_loaded_but_saved(whole, tmp_path):
@@ -226,7 +229,9 @@ def test_what_merges_into_the_weights_is_saved_merged(whole, tmp_path):
     lm.merged = lambda name, weight: weight + 1 if name.endswith("0.self_attn.q_proj.weight") else weight
     lm.save(tmp_path / "saved")
     base = tensors(whole)
-    moved = [name for name, value in tensors(tmp_path / "saved").items() if not torch.equal(value, base[name])]
+    moved = [
+        name for name, value in tensors(tmp_path / "saved").items() if not torch.equal(value, base[name])
+    ]
     assert sorted(moved) == [
         "thinker.audio_tower.layers.0.self_attn.q_proj.weight",
         "thinker.model.layers.0.self_attn.q_proj.weight",
@@ -273,8 +278,13 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(world, tmp_path, monk
 # ---------------------------------------------------------------------------------------- malformed checkpoints
 
 
+CONFIG = "config.json"
+TEXT = "thinker_config__text_config__"
+AUDIO = "thinker_config__audio_config__"
+
+
 def edit(name, **values):
-    """Change values of a JSON file; a key with dots is a path, None as value removes it."""
+    """Change values of a JSON file; a key with __ is a path, None as value removes it."""
 
     def apply(folder):
         content = json.loads((folder / name).read_text())
@@ -359,14 +369,16 @@ def link_out(name):
     return apply
 
 
+def layers(count):
+    values = {TEXT + "num_hidden_layers": count, TEXT + "layer_types": ["full_attention"] * count}
+    return edit(CONFIG, **values)
+
+
 def large(folder):
     with open(folder / "tokenizer_config.json", "wb") as file:
         file.truncate(65 * 2**20)
 
 
-CONFIG = "config.json"
-TEXT = "thinker_config__text_config__"
-AUDIO = "thinker_config__audio_config__"
 MALFORMED = {
     "config: empty": (write(CONFIG, ""), "config.json is not JSON"),
     "config: a list": (write(CONFIG, "[1]"), "holds no JSON object"),
@@ -384,10 +396,13 @@ MALFORMED = {
     "config: negative": (edit(CONFIG, **{TEXT + "vocab_size": -5}), "config.json"),
     "config: 384 TB": (edit(CONFIG, **{TEXT + "vocab_size": 10**12}), "config.json says"),
     "config: beyond 64 bits": (edit(CONFIG, **{TEXT + "hidden_size": 2**62}), "config.json"),
-    "config: a billion layers": (edit(CONFIG, **{TEXT + "num_hidden_layers": 10**9}), "between 0 and 500"),
-    "config: a layer less": (edit(CONFIG, **{TEXT + "num_hidden_layers": 2}), "config.json has no place"),
-    "config: a layer more": (edit(CONFIG, **{TEXT + "num_hidden_layers": 4}), "no weight named"),
-    "config: a huge table": (edit(CONFIG, **{AUDIO + "max_source_positions": 10**12}), "max_source_positions"),
+    "config: a billion layers": (edit(CONFIG, **{TEXT + "num_hidden_layers": 10**9}), "between 1 and 500"),
+    "config: a layer less": (layers(2), "config.json has no place"),
+    "config: a layer more": (layers(4), "no weight named"),
+    "config: a huge table": (
+        edit(CONFIG, **{AUDIO + "max_source_positions": 10**12}),
+        "max_source_positions",
+    ),
     "config: a huge window": (edit(CONFIG, **{AUDIO + "n_window": 10**12}), "n_window"),
     "config: no window": (edit(CONFIG, **{AUDIO + "n_window": 0}), "n_window"),
     "config: other mels": (edit(CONFIG, **{AUDIO + "num_mel_bins": 80}), "feature_size is 128, not 80"),
@@ -406,7 +421,6 @@ MALFORMED = {
     "tokenizer: empty": (write("tokenizer.json", "{}"), "tokenizer"),
     "tokenizer: no object": (write("tokenizer.json", "3"), "tokenizer"),
     "tokenizer config: a list": (write("tokenizer_config.json", "[]"), "tokenizer"),
-    "tokenizer config: a class": (edit("tokenizer_config.json", tokenizer_class="Nope"), "tokenizer"),
     "tokenizer config: 65 MB": (large, "larger than 64 MiB"),
     "tokenizer config: a link out": (link_out("tokenizer_config.json"), "leads out of the model folder"),
     "voices: a link out": (link_out("spk_dict.pt"), "leads out of the model folder"),
@@ -425,7 +439,10 @@ MALFORMED = {
     "weights: a pointer": (pointer, "git-lfs pointer"),
     "weights: a huge header": (huge_header, "model.safetensors is no whole safetensors file"),
     "weights: integers": (as_integers, "quantized"),
-    "weights: one missing": (without("thinker.model.norm.weight"), "no weight named thinker.model.norm.weight"),
+    "weights: one missing": (
+        without("thinker.model.norm.weight"),
+        "no weight named thinker.model.norm.weight",
+    ),
     "weights: a link out": (link_out("model.safetensors"), "leads out of the model folder"),
     "index: not JSON": (write(weights.INDEX, "{"), "index.json is not JSON"),
     "index: no map": (write(weights.INDEX, "{}"), "no weight_map"),

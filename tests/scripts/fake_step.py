@@ -18,7 +18,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-import fsdp  # first of ours: it sets what torch reads when it is imported
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_collectives as collectives
@@ -29,6 +28,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import cost
+import fsdp  # first of ours: it sets what torch reads when it is imported
 import model
 import plan
 from data import Asked, Question
@@ -140,6 +141,20 @@ def tracked(original, memory: Memory):
     return changed
 
 
+def to_empty(lm, *, device) -> None:
+    """nn.Module.to_empty swaps tensors, which fake ones that are not sharded do not allow."""
+    if any(hasattr(p, "to_local") for p in lm.parameters()):
+        torch.nn.Module.to_empty(lm, device=device)
+        return
+    for module in lm.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                empty = None if tensor is None else torch.empty_like(tensor, device=device)
+                if tensors is module._parameters and empty is not None:
+                    empty = torch.nn.Parameter(empty, tensor.requires_grad)
+                tensors[name] = empty
+
+
 def shorten_rollout(policy) -> None:
     """Of the rollout run the prefill and one token; the others are made up."""
     generate = policy.generate
@@ -173,6 +188,7 @@ def main() -> None:
     memory = Memory()
     watch_fsdp(memory)
     model.read_weights = lambda lm: None
+    model.AudioLM.to_empty = to_empty
     model.check_weights = lambda *checked: None
     fsdp.gather_objects = lambda value: [value] * gpus
     plan.available_host_memory = lambda: math.inf
@@ -192,7 +208,7 @@ def main() -> None:
         run.load_models(seconds)
         run.make_optimizer()
         for lm in (run.policy, run.reference):
-            for parameter in lm.parameters() if lm else ():
+            for parameter in getattr(lm, "parameters", list)():
                 memory.track(parameter)
         kept = [state[name] for state in run.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
         if run.layout.offload == "all":
@@ -226,7 +242,7 @@ def main() -> None:
         with unset_fake_temporarily():
             asked = [question(run.policy, tokens, seconds) for _ in range(count)]
         run.take_step(asked)
-    planned = plan.moments(run.plan.work, run.layout, run.plan.lasting)
+    planned = cost.moments(run.plan.work, run.layout)
     planned = {name: sum(parts.values()) for name, parts in planned.items()}
     found = {"layout": str(run.layout), "gpu": run.plan.gpu, "planned": planned, "measured": marks}
     print(json.dumps(found))

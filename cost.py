@@ -1,0 +1,377 @@
+"""What a layout costs: bytes on each GPU and in host memory, modelled seconds a step. Nothing but arithmetic.
+
+From the shapes of transformers' own model class on the meta device. tests/test_plan.py compares the bytes
+with a whole step at the published sizes. The seconds are a model of what a card (cards.py) achieves; `bash
+run.sh test gpu` compares them with the clock. plan.py chooses.
+"""
+
+import argparse
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cards import Card
+
+TEXT = 200  # tokens of a long question with its choices, for the bytes
+USUAL_TEXT = 60  # and of a usual one, for the seconds
+USUAL_ANSWER = 6  # tokens; what is asked to think first is taken to use all of --max_new_tokens
+UPDATE = 0.1  # seconds of AdamW and the clip over hundreds of tensors, whatever their size
+FSDP_HOOK = 60e-6  # seconds of Python before and after each group
+PAGEABLE = 5e9  # bytes a second between GPU and host memory that is not pinned
+NETWORK = 25e9  # bytes a second between nodes, for each GPU
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is given up to fit; fsdp.shard says what each means."""
+
+    reshard: bool
+    checkpointing: bool
+    offload: str  # in host memory: "off" (nothing), "moments" (AdamW's) or "all" (shards, gradients, moments)
+    gathered_rollout: bool
+    questions_per_pass: int
+    reference_on_host: bool = False  # with "all": the reference too, gathered from there layer by layer
+
+    def __str__(self) -> str:
+        words = []
+        if self.reshard and self.gathered_rollout:
+            words.append("reshard")
+        elif self.reshard:
+            words.append("reshard (rollouts too)")
+        if self.checkpointing:
+            words.append("checkpointing")
+        if self.offload == "moments":
+            words.append("cpu_offload moments")
+        if self.offload == "all":
+            words.append("cpu_offload on" + " (reference too)" * self.reference_on_host)
+        return f"{', '.join(words) or 'nothing given up'}; {self.questions_per_pass} a pass"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters, and what else the arithmetic needs to know of a model."""
+
+    whole: int
+    trained: int
+    layers: int  # of the decoder
+    tower: int  # what hears, with its projection
+    embedding: int
+    head: int
+    largest: int  # of the layers, which are gathered one at a time
+    pairs_of_rank_1: int  # LoRA's
+    text: object  # the decoder's config
+    audio: object | None  # the tower's config
+
+
+def sizes_of(model: nn.Module) -> Sizes:
+    def count(*modules: nn.Module) -> int:
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    decoder = model.model.language_model
+    tower = getattr(model.model, "audio_tower", None)
+    hearing = []
+    audio = None
+    if tower is not None:
+        audio = tower.config
+        hearing = [tower, getattr(model.model, "multi_modal_projector", nn.Module())]
+    pairs = 0
+    for layer in decoder.layers.modules():
+        if isinstance(layer, nn.Linear):
+            pairs += layer.in_features + layer.out_features
+    return Sizes(
+        whole=count(model),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        layers=count(decoder.layers),
+        tower=count(*hearing),
+        embedding=count(decoder.embed_tokens),
+        head=count(model.lm_head),
+        largest=max(count(layer) for layer in decoder.layers),
+        pairs_of_rank_1=pairs,
+        text=model.config.get_text_config(),
+        audio=audio,
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a plan is made for: the model, the recipe, the machine."""
+
+    sizes: Sizes
+    config: argparse.Namespace
+    gpus: int  # that share one set of shards
+    dtype: torch.dtype
+    clip_seconds: float  # the longest clip's; 0 without sound
+    card: Card
+    memory: float  # bytes of each GPU that can be used
+    host_memory: float  # bytes available on this node
+    lora: int = 0  # the pairs' rank
+
+    @property
+    def trained(self) -> int:
+        return self.lora * self.sizes.pairs_of_rank_1 or self.sizes.trained
+
+    @property
+    def questions(self) -> int:
+        """Of a process and step."""
+        return max(1, self.config.batch // (self.gpus * self.config.replicas))
+
+    @property
+    def processes(self) -> int:
+        """On one node: torchrun says how many; a node of the plan has at most 8 GPUs."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", min(8, self.gpus * self.config.replicas)))
+
+    def passes(self, layout: Layout) -> int:
+        return math.ceil(self.questions / layout.questions_per_pass)
+
+    def prompt(self, text: int) -> float:
+        """Tokens of a prompt: the text's, and 25 a second of sound."""
+        return text + 25 * self.clip_seconds
+
+
+def lasting_bytes(work: Work, layout: Layout) -> dict[str, float]:
+    """What lasts from step to step on each process, wherever it lies: exact."""
+    sizes = work.sizes
+    size = work.dtype.itemsize
+    if work.lora:
+        base = size * sizes.whole
+        if layout.reshard:
+            base /= work.gpus
+        return {"base": base, "pairs, their gradients and moments": 16 * work.trained}
+    lasting = {
+        "weights, fp32 shards": 4 * sizes.whole / work.gpus,
+        "gradients, fp32 shards": 4 * sizes.trained / work.gpus,
+        "AdamW moments, fp32 shards": 8 * sizes.trained / work.gpus,
+    }
+    if work.config.beta:
+        lasting["reference"] = size * sizes.whole / work.gpus
+    return lasting
+
+
+def on_host(what: str, layout: Layout) -> bool:
+    if what == "reference":
+        return layout.reference_on_host
+    return layout.offload == "all" or (layout.offload == "moments" and what.startswith("AdamW"))
+
+
+# ------------------------------------------------------------------------------------------ bytes of a step
+
+
+def gpu_bytes(work: Work, layout: Layout) -> dict[str, float]:
+    """The parts of the step's largest moment."""
+    return max(moments(work, layout).values(), key=lambda parts: sum(parts.values()))
+
+
+def moments(work: Work, layout: Layout) -> dict[str, dict[str, float]]:
+    """What lies on each GPU in the rollout, at the loss, at the first and the last group of the backward."""
+    sizes = work.sizes
+    size = work.dtype.itemsize
+    kept = {}
+    for what, value in lasting_bytes(work, layout).items():
+        if not on_host(what, layout):
+            kept[what] = value
+    gradients = kept.pop("gradients, fp32 shards", 0.0)
+    sharded = work.gpus > 1 or size < 4 or layout.offload == "all"
+    if work.lora:
+        sharded = layout.reshard
+    whole = size * sizes.whole * sharded
+    vocabulary = max(sizes.embedding, sizes.head) * sharded
+    # A group on its way: the buffer it is gathered into, or its fp32 from the host; the one before is kept.
+    gathering = size * (vocabulary + sizes.largest * sharded)
+    if layout.offload == "all":
+        gathering += 4 * vocabulary / work.gpus
+    reducing = (
+        (4 + 4 / work.gpus) * vocabulary * (not work.lora)
+    )  # in fp32, and this process's part of the sum
+    if work.gpus > 1:
+        reducing += size * vocabulary * (not work.lora)  # and as it was computed
+    through = whole
+    if layout.reshard:
+        through = size * vocabulary  # the group that is used
+    held = through
+    if layout.gathered_rollout:
+        held = whole
+    repeated = work.passes(layout) * work.config.updates > 1  # gradients are there from the first pass on
+    activations, logits = activation_bytes(work, layout)
+    rollout = {
+        "gathered weights": held,
+        "keys, values and drawing": rollout_bytes(work, layout),
+        "group being gathered": gathering,
+    }
+    loss = {
+        "gathered weights": through,
+        "activations": activations,
+        "logits": logits,
+        "gradients, fp32 shards": gradients * repeated,
+        "group being gathered": gathering * layout.reshard,
+    }
+    backward = {
+        "gathered weights": through,
+        "activations": activations,
+        "gradients, fp32 shards": gradients * repeated,
+        "gradients being reduced": reducing,
+    }
+    end = {
+        "gathered weights": through,
+        "gradients, fp32 shards": gradients,
+        "gradients being reduced": reducing,
+    }
+    parts = {"rollout": rollout, "loss": loss, "backward": backward, "end": end}
+    return {moment: {**kept, **part} for moment, part in parts.items()}
+
+
+def activation_bytes(work: Work, layout: Layout) -> tuple[float, float]:
+    """(kept for the backward, for the logits) of one pass, with answers of full length."""
+    text = work.sizes.text
+    audio = work.sizes.audio
+    size = work.dtype.itemsize
+    answers = work.config.group_size * (work.config.max_new_tokens - 1)
+    tokens = work.prompt(TEXT) + answers
+    one_layer = (13 * text.hidden_size + 4 * text.intermediate_size) * size
+    per_token = one_layer * text.num_hidden_layers
+    if layout.checkpointing:
+        per_token = size * text.hidden_size * text.num_hidden_layers + one_layer
+    total = tokens * per_token
+    if audio is not None:
+        per_position = (9 * audio.d_model + 2 * audio.encoder_ffn_dim) * size * audio.encoder_layers
+        if layout.checkpointing:
+            per_position = size * audio.d_model * audio.encoder_layers
+        total += 50 * work.clip_seconds * per_position
+    logits = (4 + 4 + 4 + size) * (answers + 1) * text.vocab_size
+    return layout.questions_per_pass * total, layout.questions_per_pass * logits
+
+
+def rollout_bytes(work: Work, layout: Layout) -> float:
+    """Keys and values of all tokens, what one layer computes of the prompts, and the logits to draw from."""
+    text = work.sizes.text
+    size = work.dtype.itemsize
+    tokens = work.prompt(TEXT) + work.config.group_size * work.config.max_new_tokens
+    keys = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+    cache = 2 * keys * text.num_hidden_layers * tokens * size
+    layer = (4 * text.hidden_size + 3 * text.intermediate_size) * work.prompt(TEXT) * size
+    drawn = 16 * work.config.group_size * text.vocab_size
+    return layout.questions_per_pass * (cache + layer + drawn)
+
+
+# ---------------------------------------------------------------------------------------- seconds of a step
+
+
+def seconds_of(work: Work, layout: Layout) -> dict[str, float]:
+    """Modelled seconds of a step, by term, for answers of usual length."""
+    config = work.config
+    answer = config.max_new_tokens
+    if config.prompt == "direct":
+        answer = min(answer, USUAL_ANSWER)
+    decoding = min(config.max_new_tokens, answer + 2) - 1  # the longest decides; the prompt gives the first
+    compute, launches = compute_seconds(work, layout, answer, decoding)
+    gather = gathering_seconds(work, layout, decoding)
+    if work.gpus > 1:  # on a stream of its own, beside the compute
+        gather -= 0.5 * min(gather, compute + launches)
+    scored = work.passes(layout) * config.updates
+    reduce = scored * 4 * work.trained * (work.gpus - 1) / work.gpus / work.card.link
+    if config.replicas > 1:
+        reduce += scored * 8 * work.trained / work.gpus / NETWORK
+    on_gpu, host = update_seconds(work, layout)
+    launches += UPDATE * config.updates
+    return {
+        "gather": gather,
+        "reduce": reduce,
+        "compute": compute + on_gpu,
+        "launches": launches,
+        "host": host,
+    }
+
+
+def compute_seconds(work: Work, layout: Layout, answer: int, decoding: int) -> tuple[float, float]:
+    """(compute, launches). A phase takes what its arithmetic, its memory or the launching of its kernels
+    takes, whichever is longest; `launches` is what launching adds to the others.
+    """
+    card = work.card
+    sizes = work.sizes
+    text = sizes.text
+    passes = work.passes(layout)
+    scored = passes * work.config.updates
+    prompt = work.prompt(USUAL_TEXT)
+    one = 2 * sizes.layers * (prompt + work.config.group_size * answer)
+    one += 2 * sizes.tower * 50 * work.clip_seconds
+    one += 4 * prompt**2 * text.hidden_size * text.num_hidden_layers
+    flops = layout.questions_per_pass * one
+    read = work.dtype.itemsize * sizes.whole
+    spoken = work.dtype.itemsize * (sizes.whole - sizes.tower - sizes.embedding)
+    # Kernels, counted by a TorchDispatchMode: 44 a layer of the decoder, 16 a layer of the tower.
+    decoder = 44 * text.num_hidden_layers
+    kernels = decoder
+    if sizes.audio is not None:
+        kernels += 16 * sizes.audio.encoder_layers
+    forwards = passes + scored  # of the prefill, and of the policy's scoring
+    if work.config.beta:
+        forwards += passes
+    if layout.checkpointing:
+        forwards += scored
+    backward = 2
+    if work.lora:
+        backward = 1  # no weights' gradients for the frozen base
+    phases = [
+        (forwards, flops, kernels, read),
+        (passes * decoding, 0.0, decoder, spoken),
+        (scored, backward * flops, 1.5 * kernels, 2 * read),  # 2.2 times as many, launched from C++
+    ]
+    compute = 0.0
+    launches = 0.0
+    for times, arithmetic, launched, moved in phases:
+        busy = max(arithmetic / card.flops, moved / card.bandwidth)
+        compute += times * busy
+        launches += times * max(0.0, launched * card.launch - busy)
+    if not work.lora:
+        launches += passes * decoding * (text.num_hidden_layers + 3) * FSDP_HOOK
+    return compute, launches
+
+
+def gathering_seconds(work: Work, layout: Layout, decoding: int) -> float:
+    """All gathers of a step: of the rollouts, of scoring and backward, of the reference."""
+    sizes = work.sizes
+    passes = work.passes(layout)
+    from_host = 4 * (layout.offload == "all")  # bytes a parameter: fp32, cast on the GPU
+    policy = gather_seconds(work, sizes.whole, from_host)
+    spoken = gather_seconds(work, sizes.whole - sizes.tower, from_host)
+    if work.lora and not layout.reshard:
+        return 0.0  # the base is whole on each GPU
+    total = policy * work.config.updates
+    if layout.reshard:
+        total = 2 * passes * work.config.updates * policy + passes * policy
+        if not layout.gathered_rollout:
+            total += passes * decoding * spoken
+    if work.config.beta and (work.gpus > 1 or layout.reference_on_host):
+        total += passes * gather_seconds(work, sizes.whole, work.dtype.itemsize * layout.reference_on_host)
+    return total
+
+
+def gather_seconds(work: Work, elements: float, from_host: int) -> float:
+    """One pass over so many parameters: copied in and out, between the GPUs, from the host."""
+    card = work.card
+    copied = 6 * elements
+    moved = 0.0
+    if work.gpus > 1:
+        copied = 8 * elements
+        moved = work.dtype.itemsize * elements * (work.gpus - 1) / work.gpus
+    return copied / card.bandwidth + moved / card.link + from_host * elements / work.gpus / card.pcie
+
+
+def update_seconds(work: Work, layout: Layout) -> tuple[float, float]:
+    """(on the GPU, on the host): gradients on their way there, and AdamW over its 40 bytes a parameter."""
+    card = work.card
+    updates = work.config.updates
+    shard = work.trained
+    if not work.lora:
+        shard = work.trained / work.gpus
+    memory = card.host / work.processes
+    if layout.offload == "all":
+        first = 4 * shard / card.pcie
+        later = 4 * shard / PAGEABLE + 12 * shard / memory  # added up in host memory
+        return 0.0, updates * (first + (work.passes(layout) - 1) * later + 40 * shard / memory)
+    host = 0.0
+    if layout.offload == "moments":
+        host = updates * 16 * shard / min(PAGEABLE, memory / 2)
+    return updates * 40 * shard / card.bandwidth, host

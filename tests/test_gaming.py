@@ -1,0 +1,86 @@
+"""The test that would have found it: what a reward pays for is learned, right or wrong.
+
+    python -m pytest -s -m slow tests/test_gaming.py        (prints both curves, the README's first exercise)
+
+On real weights Eq. 2 to the letter went from 0.19 to 0.97 while the benchmark's score went from 18 % to 0: a
+response that lists every choice contains the right one. Here a small model that lists the choices now and
+then meets both rewards.
+"""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from test_train import log, scores, train_here
+
+import tiny
+from data import Question, read_questions
+from model import load_model
+
+LISTED, WRONG = 0.25, 0.3  # how often the base lists the choices, and names a wrong one
+
+
+@pytest.fixture(scope="module")
+def lister(world, tmp_path_factory):
+    """A world of text alone, whose model answers facts, sometimes wrongly, and sometimes lists the choices."""
+    folder = tmp_path_factory.mktemp("lister") / "world"
+    shutil.copytree(world / "model", folder / "model")
+    rng = random.Random(0)
+    rows = [tiny.fact(rng, number) for number in range(700)]
+    (folder / "arc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lm = load_model(folder / "model")
+    examples = []
+    for question in read_questions(folder / "arc.jsonl"):
+        chance = rng.random()
+        said = question.answer
+        if chance < LISTED:
+            said = str(list(question.choices))
+        elif chance < LISTED + WRONG:
+            said = rng.choice(question.choices)
+        asked = Question(question.id, question.question, question.choices, None, None, {})
+        examples.append((lm.encode(asked, use_audio=False), said, 0.0))
+    torch.manual_seed(0)
+    tiny.fit(lm, examples, rng, steps=120, batch=32, peak_rate=1e-3)
+    tiny.put_back(lm, folder / "model")
+    return folder
+
+
+def learn(lister, out, reward):
+    """60 steps of GRPO; returns the rows of the log, and the held-out scores before and after."""
+    options = {
+        "model": lister / "model", "data": lister / "arc.jsonl", "steps": 60, "lr": 5e-4, "max_new_tokens": 32,
+        "hold_out": 100, "eval_every": 20, "reward": reward, "group_size": 8,
+    }  # fmt: skip
+    flat = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    assert train_here(out, *flat, "--no_audio") == 0
+    return log(out), [row["eval_accuracy"] for row in scores(out)]
+
+
+def mean(rows, name):
+    return sum(row[name] for row in rows) / len(rows)
+
+
+@pytest.mark.slow
+def test_a_reward_for_containing_the_answer_teaches_to_list_and_the_default_teaches_to_answer(
+    lister, tmp_path, caplog
+):
+    rows, held_out = {}, {}
+    for reward in ("contains", "exact"):
+        caplog.clear()
+        rows[reward], held_out[reward] = learn(lister, tmp_path / reward, reward)
+        warned = "reward and score part" in caplog.text
+        print(f"\n--reward {reward}: held out {held_out[reward]}, a warning: {warned}")
+        print("steps      reward  official  hedged")
+        for first in range(0, 60, 10):
+            part = rows[reward][first : first + 10]
+            values = "  ".join(f"{mean(part, name):8.2f}" for name in ("reward", "official", "hedged"))
+            print(f"{first + 1:2} to {first + 10:2}  {values}")
+        assert warned == (reward == "contains")
+    gamed, honest = rows["contains"], rows["exact"]
+    assert mean(gamed[-10:], "reward") > mean(gamed[:10], "reward") + 0.1
+    assert mean(gamed[-10:], "official") < mean(gamed[:10], "official") - 0.1
+    assert mean(honest[-10:], "reward") > mean(honest[:10], "reward") + 0.1
+    assert mean(honest[-10:], "official") > mean(honest[:10], "official") + 0.1
+    assert held_out["contains"][-1] < held_out["contains"][0] < held_out["exact"][-1]

@@ -1,0 +1,157 @@
+"""What a CPU can prove of a run on GPUs: bf16, the collectives of a step, no tensor on the wrong device."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import arguments, command, environment, kill_and_resume, log, train, train_here, weights
+
+from data import read_questions
+from model import empty_lm, load_weights
+from train import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ------------------------------------------------------------------------------------------------------ bf16
+
+
+def options_of(world, **more) -> list[str]:
+    return arguments(world, batch=2, steps=3, lr=1e-4, dtype="bfloat16", save_every=1, **more)
+
+
+@pytest.fixture(scope="module")
+def in_fp32(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fp32")
+    assert train_here(out, *options_of(world), "--dtype", "float32") == 0
+    return log(out)
+
+
+def check_bf16(whole, resumed, in_fp32) -> None:
+    """KL of step 1 exactly 0; losses near fp32's; gone on from a checkpoint = never stopped, bit for bit."""
+    rows = log(whole)
+    assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 0
+    assert rows[0]["entropy"] == pytest.approx(in_fp32[0]["entropy"], rel=0.1)
+    for row, other in zip(rows, in_fp32, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=0.05)
+    for row, other in zip(rows, log(resumed), strict=True):
+        assert all(row[key] == other[key] for key in ("step", "loss", "reward", "grad_norm", "kl"))
+    ours = weights(whole / "model")
+    theirs = weights(resumed / "model")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"reshard": "on", "checkpointing": "on"}, {"cpu_offload": "on"}, {"cpu_offload": "moments"}],
+)
+def test_bf16_on_one_process(world, in_fp32, layout, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    stopped = tmp_path / "stopped"
+    save = Run.save
+
+    def save_and_keep(run):
+        save(run)
+        if run.step == 2 and not stopped.exists():
+            shutil.copytree(whole, stopped)  # what a kill leaves at this moment
+
+    monkeypatch.setattr(Run, "save", save_and_keep)
+    for out in (whole, stopped):
+        assert train_here(out, *options_of(world, **layout)) == 0
+    check_bf16(whole, stopped, in_fp32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [{}, {"reshard": "on", "checkpointing": "on", "cpu_offload": "on"}, {"cpu_offload": "moments"}]
+)
+def test_bf16_on_two_processes(world, in_fp32, layout, tmp_path):
+    options = options_of(world, **layout)
+    train(tmp_path / "whole", *options, processes=2)
+    kill_and_resume(tmp_path / "killed", options, processes=2, moments=1)
+    check_bf16(tmp_path / "whole", tmp_path / "killed", in_fp32)
+
+
+# ----------------------------------------------------------------------------------------------- collectives
+
+
+def collectives(world, out, **more) -> dict:
+    """Those of one step on two processes, counted: {"collectives": name -> calls, "groups": how many}."""
+    python = command(2)[:-1]
+    options = arguments(world, out=out, batch=4, **more)
+    script = ROOT / "tests/scripts/dump_gradients.py"
+    subprocess.run([*python, script, *options], cwd=ROOT, env=environment(), check=True, capture_output=True)
+    return torch.load(out / "step.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("options", [{"reshard": "on", "questions_per_pass": 1}, {}])
+def test_a_group_is_gathered_four_times_a_pass_at_most_and_reduced_once_whatever_the_tokens(
+    world, tmp_path, options
+):
+    short = collectives(world, tmp_path / "short", max_new_tokens=2, **options)
+    long = collectives(world, tmp_path / "long", max_new_tokens=9, **options)
+    passes = 2 if options else 1
+    assert short["collectives"] == long["collectives"]
+    assert long["collectives"]["all_gather_single"] <= 4 * passes * long["groups"]
+    assert long["collectives"]["reduce_scatter_single"] == passes * long["groups"]
+
+
+# ------------------------------------------------------------------------------------- devices are not mixed
+
+
+@pytest.mark.parametrize("audio", [True, False])
+@pytest.mark.parametrize("family", ["omni", "qwen2audio"])
+def test_what_computes_is_all_on_the_accelerator(family, audio, request, monkeypatch):
+    """The meta device stands in for it: an operation on tensors of two devices raises there as on CUDA.
+
+    As under --cpu_offload: the storage is in host memory, FSDP gathers the weights on the accelerator.
+    """
+    world = request.getfixturevalue("world" if family == "omni" else "world_qwen2audio")
+    lm = load_weights(empty_lm(world / "model", torch.bfloat16, audio), "cpu", "meta")
+    for module in lm.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.to("meta"))
+    assert lm.device.type == "meta"
+    questions = read_questions(world / "train_qa.json", world / "audio")[:2]
+    prompts = [lm.encode(question, audio) for question in questions]
+
+    monkeypatch.setattr(lm, "all_done", lambda done: False)  # nothing on this device has a value
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: longest)  # what a mask's size is read from
+    responses = lm.generate(prompts, max_new_tokens=3, group_size=4, temperature=1.2)
+    scores = lm.score(prompts, responses)
+    assert scores.logps.device.type == scores.mask.device.type == "meta"
+    assert scores.logps.shape == (8, 3)
+    scores.logps.sum().backward()
+    assert lm.model.lm_head.weight.grad.device.type == "meta"
+
+
+# ------------------------------------------------------------------------------------------- the GPU's script
+
+
+@pytest.mark.slow
+def test_what_a_gpu_is_tested_with_runs_on_a_cpu(world, tmp_path):
+    out = tmp_path / "gpu.md"
+    done = subprocess.run(
+        [sys.executable, "tests/gpu.py", "--size", "tiny", "--world", world, "--out", out, "--minutes", "1"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    table = out.read_text()
+    assert table.count("| holds |") == 2 and "BROKEN" not in table
+    assert "nothing given up; 2 a pass" in table and "times as long" in table
+
+
+def test_without_a_gpu_the_script_says_what_to_do(tmp_path, capsys, monkeypatch):
+    import gpu
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert gpu.main() == 2
+    assert "--size tiny" in capsys.readouterr().err

@@ -1,0 +1,333 @@
+"""Laws of LoRA: merged = switched on = PEFT's, switched off = the base, and the run's laws hold for the pairs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_train import arguments, environment, kill_and_resume, log, train, train_here, weights
+from torch.distributed.checkpoint import FileSystemReader
+
+import evaluate
+import lora
+from data import read_questions
+from files import InputError
+from model import load_model
+from train import Run
+
+FAMILIES = ["omni", "qwen2audio"]
+RANK = 4
+PARTS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
+PARTS = [*PARTS.split(), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+
+
+def world_of(name, world, world_qwen2audio):
+    return {"omni": world, "qwen2audio": world_qwen2audio}[name]
+
+
+def trained(lm):
+    """Pairs as after some training: B is not zero."""
+    pairs = lora.attach(lm, RANK, 8.0)
+    numbers = torch.Generator().manual_seed(1)
+    for name, half in lora.pair_weights(lm).items():
+        if "lora_B" in name:
+            half.copy_(0.05 * torch.randn(half.shape, generator=numbers))
+    return pairs
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def adapted(request, world, world_qwen2audio, tmp_path_factory):
+    """(the tiny world, its model with trained pairs, the pairs, what is scored, the saved adapter)."""
+    folder = world_of(request.param, world, world_qwen2audio)
+    lm = load_model(folder / "model")
+    questions = read_questions(folder / "mmau.json", folder / "audio")[:3]
+    prompts = [lm.encode(question) for question in questions]
+    groups = lm.generate(prompts, 6, 2, 1.2, [torch.Generator().manual_seed(i) for i in range(3)])
+    pairs = trained(lm)
+    adapter = tmp_path_factory.mktemp(request.param) / "adapter"
+    lora.save_adapter(pairs, adapter, str(folder / "model"))
+    return folder, lm, pairs, (prompts, groups), adapter
+
+
+@torch.no_grad()
+def logps(lm, asked):
+    return lm.score(*asked).logps
+
+
+def test_merged_is_switched_on_and_switched_off_is_the_base_bit_for_bit(adapted, tmp_path):
+    folder, lm, pairs, asked, adapter = adapted
+    lm.save(tmp_path / "merged")
+    on = logps(lm, asked)
+    assert (on - logps(load_model(tmp_path / "merged"), asked)).abs().max() <= 1e-5
+    base = load_model(folder / "model")
+    without = logps(base, asked)
+    assert (on - without).abs().max() > 0.1  # the pairs do something
+    with torch.no_grad():
+        assert torch.equal(pairs.score(*asked).logps, without)
+    assert torch.equal(logps(lm, asked), on)  # and are on again
+    lora.load_adapter(base, adapter)
+    assert torch.equal(logps(base, asked), on)
+    wanted = len(lm.model.model.language_model.layers) * len(PARTS)
+    changed = [name for name, weight in weights(tmp_path / "merged").items() if differs(name, weight, folder)]
+    assert len(changed) == wanted and all(name.endswith("_proj.weight") for name in changed)
+
+
+def differs(name, weight, folder):
+    before = weights(folder / "model")
+    return not torch.equal(weight, before[name].to(weight.dtype))
+
+
+def test_a_new_pair_changes_nothing_and_all_that_learns_is_in_the_decoder(adapted):
+    folder, _, _, asked, _ = adapted
+    lm = load_model(folder / "model")
+    before = logps(lm, asked)
+    lora.attach(lm, RANK, 8.0)
+    assert torch.equal(logps(lm, asked), before)
+    learning = {name for name, p in lm.model.named_parameters() if p.requires_grad}
+    layers = range(len(lm.model.model.language_model.layers))
+    assert learning == {
+        f"model.language_model.layers.{i}.{part}.lora_{half}.weight"
+        for i in layers for part in PARTS for half in "AB"
+    }  # fmt: skip
+    assert all(half.dtype == torch.float32 for half in lora.pair_weights(lm).values())
+
+
+def test_peft_reads_our_adapter_and_we_read_its_own(adapted, tmp_path):
+    folder, lm, _, asked, adapter = adapted
+    base = lm.prompts.family.model_class.from_pretrained(folder / "model").eval()
+    theirs = PeftModel.from_pretrained(base, adapter).eval()
+    assert sum("lora_" in name for name, _ in theirs.named_parameters()) == len(lora.pair_weights(lm))
+    question = read_questions(folder / "mmau.json", folder / "audio")[0]
+    prompt = lm.encode(question, use_audio=False)
+    response = asked[1][0][0]
+    ids = torch.cat([prompt.input_ids, response])[None]
+    with torch.no_grad():
+        logits = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+    places = slice(len(prompt.input_ids) - 1, -1)
+    expected = logits[places].log_softmax(-1).gather(-1, response[:, None])[:, 0]
+    assert (logps(lm, ([prompt], [[response]]))[0] - expected).abs().max() <= 1e-5
+
+    theirs.save_pretrained(tmp_path)
+    again = load_model(folder / "model")
+    lora.load_adapter(again, tmp_path)
+    assert torch.equal(logps(again, asked), logps(lm, asked))
+
+
+def test_the_evaluation_answers_with_an_adapter_as_with_the_merged_model(adapted, tmp_path):
+    folder, lm, _, asked, adapter = adapted
+    lm.save(tmp_path / "merged")
+    args = Namespace(model=folder / "model", adapter=adapter, dtype="float32", prompt="direct")
+    with_adapter = evaluate.load(args, torch.device("cpu")).generate(asked[0], 8)
+    merged = load_model(tmp_path / "merged").generate(asked[0], 8)
+    assert [group[0].tolist() for group in with_adapter] == [group[0].tolist() for group in merged]
+
+
+# ------------------------------------------------------------------------------------------------- the run
+
+
+def options(world, **more):
+    return arguments(world, **({"lora": RANK, "lr": 5e-3, "save_every": 2} | more))
+
+
+@pytest.fixture(scope="module")
+def one(world, tmp_path_factory):
+    """One process's run of five steps, which the others are compared with."""
+    out = tmp_path_factory.mktemp("one")
+    assert train_here(out, *options(world)) == 0
+    return out
+
+
+def pairs_of(out):
+    return load_file(out / "adapter" / lora.WEIGHTS)
+
+
+def test_the_run_saves_an_adapter_and_the_merged_model_and_moves_nothing_else(world, one):
+    rows = log(one)
+    assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 0  # exactly 0 before the first update
+    base, merged, halves = weights(world / "model"), weights(one / "model"), pairs_of(one)
+    assert not (one / "checkpoints").exists()
+    for name, weight in merged.items():
+        hub = name.removeprefix("model.").removesuffix(".weight")
+        key = f"base_model.model.model.language_model.{hub}.lora_%s.weight"
+        expected = base[name].float()
+        if key % "A" in halves:
+            assert halves[key % "B"].any()
+            expected = expected + 32 / RANK * halves[key % "B"] @ halves[key % "A"]
+        assert torch.allclose(weight, expected, rtol=0, atol=1e-6), name
+
+
+LAYOUTS = {"re-sharded and recomputed": ["--reshard", "on", "--checkpointing", "on"]}
+LAYOUTS["the base whole in both"] = ["--reshard", "off", "--questions_per_pass", "1"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_are_one(world, one, layout, tmp_path):
+    train(tmp_path, *options(world, steps=3), *LAYOUTS[layout], processes=2)
+    other = tmp_path / "one"
+    assert train_here(other, *options(world, steps=3)) == 0
+    for row, expected in zip(log(tmp_path), log(other), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert row["reward"] == expected["reward"]
+    ours, expected = pairs_of(tmp_path), pairs_of(other)
+    far = sum((ours[name] - expected[name]).norm() ** 2 for name in ours) ** 0.5
+    moved = sum(expected[name].norm() ** 2 for name in ours if "lora_B" in name) ** 0.5
+    assert far <= 1e-3 * moved
+
+
+class Killed(BaseException):
+    """What ends a run without a chance to save."""
+
+
+def test_killed_is_uninterrupted_and_a_checkpoint_is_the_pairs(world, one, tmp_path, monkeypatch):
+    take_step = Run.take_step
+
+    def until_step_4(run, asked):
+        if run.step == 3:
+            raise Killed
+        return take_step(run, asked)
+
+    monkeypatch.setattr(Run, "take_step", until_step_4)
+    with pytest.raises(Killed):
+        run_main(tmp_path, *options(world))
+    monkeypatch.undo()
+    saved = tmp_path / "checkpoints" / "step-000002"
+    tensors = FileSystemReader(saved).read_metadata().state_dict_metadata
+    assert len(tensors) == 4 * len(pairs_of(one))  # a half, its two moments and their count
+    assert all(".lora_" in name for name in tensors)
+    assert train_here(tmp_path, *options(world, lora=RANK + 1)) == 2  # another rank is another run
+    assert train_here(tmp_path, *options(world)) == 0
+    whole, killed = pairs_of(one), pairs_of(tmp_path)
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert [row["loss"] for row in log(one)] == [row["loss"] for row in log(tmp_path)]
+
+
+def run_main(out, *flags):
+    """train_here of a run that does not come to its end."""
+    try:
+        train_here(out, *flags)
+    finally:
+        torch.distributed.destroy_process_group()
+        torch.use_deterministic_algorithms(False)
+
+
+def test_in_bfloat16_without_audio_the_first_kl_is_0_and_the_adapter_alone_is_a_finished_run(
+    world, tmp_path, capsys
+):
+    flags = options(world, steps=3, dtype="bfloat16", no_audio=True, checkpointing="on", updates=2)
+    assert train_here(tmp_path, *flags, "--save_merged", "off") == 0
+    assert log(tmp_path)[0]["clip_ratio"] >= 0 and log(tmp_path)[-1]["kl"] > 0
+    assert all(half.dtype == torch.float32 for half in pairs_of(tmp_path).values())
+    assert not (tmp_path / "model").exists()
+    before = (tmp_path / "adapter" / lora.WEIGHTS).stat().st_mtime_ns
+    assert train_here(tmp_path, *flags, "--save_merged", "off") == 0
+    assert "this run is finished" in capsys.readouterr().out
+    assert (tmp_path / "adapter" / lora.WEIGHTS).stat().st_mtime_ns == before
+    assert train_here(tmp_path, *flags, "--lora", "0") == 2  # a full run cannot go on here
+    assert "lora: 4 -> 0" in capsys.readouterr().err
+
+    out = tmp_path / "one update"
+    assert train_here(out, *options(world, steps=1, dtype="bfloat16", no_audio=True)) == 0
+    assert log(out)[0]["kl"] == 0 and log(out)[0]["grad_norm"] > 0
+
+
+@pytest.mark.slow
+def test_killed_twice_on_two_processes_is_uninterrupted(world, tmp_path):
+    flags = options(world, steps=12, reshard="on")
+    train(tmp_path / "whole", *flags, processes=2)
+    kill_and_resume(tmp_path / "killed", flags, 2, 2)
+    whole, killed = pairs_of(tmp_path / "whole"), pairs_of(tmp_path / "killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_a_step_takes_less_memory_and_time_than_the_full_runs(tmp_path):
+    """Of bench.py's middle model; the README's figures, with room for a busy machine."""
+    script = Path(__file__).parent / "scripts" / "lora_cost.py"
+    found = {}
+    for rank in (0, 16):
+        done = subprocess.run(
+            [sys.executable, script, str(tmp_path), str(rank)],
+            env=environment(), capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found[rank] = json.loads(done.stdout.splitlines()[-1])
+    assert found[0]["mb"] >= 2.5 * found[16]["mb"]
+    assert found[0]["seconds"] >= 1.1 * found[16]["seconds"]
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+BAD_OPTIONS = {
+    "a rank below 0": (["--lora", "-1"], "--lora -1: must be at least 0"),
+    "a scale of 0": (["--lora_alpha", "0"], "--lora_alpha 0.0: must be a number above 0"),
+    "offloading": (["--lora", "4", "--cpu_offload", "on"], "--cpu_offload on: with --lora"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options_get_one_line(world, tmp_path, capsys, name):
+    flags, expected = BAD_OPTIONS[name]
+    assert train_here(tmp_path, *arguments(world), *flags) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {expected}") and "\n" not in error
+
+
+def other_base(folder, world):
+    edit_config(folder, base_model_name_or_path=str(world / "audio"))
+
+
+def edit_config(folder, **more):
+    path = folder / lora.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
+def rename_one(folder, world):
+    halves = load_file(folder / lora.WEIGHTS)
+    name = next(iter(halves))
+    halves[name.replace("layers.0", "layers.99")] = halves.pop(name)
+    save_file(halves, folder / lora.WEIGHTS)
+
+
+BAD_ADAPTERS = {
+    "another base": (other_base, "is an adapter of .*, not of"),
+    "another name": (lambda f, w: edit_config(f, base_model_name_or_path="Qwen/X"), "is an adapter of Qwen/X"),
+    "another rank": (lambda f, w: edit_config(f, r=3), r"is \[4, \d+\], the model's \[3, \d+\]"),
+    "an absurd rank": (lambda f, w: edit_config(f, r=10**9), "not of a plain LoRA adapter"),
+    "no rank": (lambda f, w: edit_config(f, r=None), "not of a plain LoRA adapter"),
+    "another method": (lambda f, w: edit_config(f, use_dora=True), "plain LoRA adapter .'use_dora'"),
+    "other layers": (rename_one, "has not the pairs of this model"),
+    "no weights": (lambda f, w: os.remove(f / lora.WEIGHTS), "adapter_model.safetensors is missing"),
+    "half a file": (lambda f, w: os.truncate(f / lora.WEIGHTS, 1000), "no whole safetensors file"),
+    "no config": (lambda f, w: os.remove(f / lora.CONFIG), "adapter_config.json is missing"),
+    "no JSON": (lambda f, w: (f / lora.CONFIG).write_text("{"), "is not JSON"),
+    "no folder": (lambda f, w: shutil.rmtree(f), "adapter_config.json is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ADAPTERS)
+def test_a_bad_adapter_is_refused_in_one_line(world, one, tmp_path, name):
+    spoil, expected = BAD_ADAPTERS[name]
+    folder = tmp_path / "adapter"
+    shutil.copytree(one / "adapter", folder)
+    spoil(folder, world)
+    with pytest.raises(InputError, match=expected) as error:
+        lora.load_adapter(load_model(world / "model"), folder)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_fits_its_base_wherever_that_lies(world, one, tmp_path):
+    """A folder of the base's name elsewhere, or the hub's cache, where the named one is not here."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(one / "adapter", folder)
+    edit_config(folder, base_model_name_or_path="Qwen/Qwen2.5-Omni-7B")
+    for place in ("Qwen2.5-Omni-7B", "hub/models--Qwen--Qwen2.5-Omni-7B/snapshots/0a1b"):
+        lora.check_base(folder, "Qwen/Qwen2.5-Omni-7B", tmp_path / place)
+    with pytest.raises(InputError, match="give that --model"):
+        lora.check_base(folder, "Qwen/Qwen2.5-Omni-7B", tmp_path / "Qwen2.5-Omni-3B")
