@@ -3,8 +3,9 @@
 Qwen2.5-Omni's thinker and Qwen2-Audio (Section III-A) behind the same few methods. What differs from the
 usual way:
 
-- The prompt (250 audio tokens for 10 s) is computed once for all G responses (4 to 8 tokens each), in sampling
-  and in scoring. It is the same function as one row per response (tests/test_model.py), several times cheaper.
+- The prompt (250 audio tokens for 10 s) is computed once for all G responses (4 to 8 tokens each), in
+  sampling and in scoring. It is the same function as one row per response (tests/test_model.py), several
+  times cheaper.
 - Features come from the feature extractor alone, on the clip as long as it is, not padded to 30 or 300 s.
 
 Scoring packs a prompt and its responses into one row. Each response's positions start again at the prompt's
@@ -26,13 +27,15 @@ import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, WhisperFeatureExtractor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 
 from data import Question, load_audio, prompt_text
@@ -103,7 +106,12 @@ class PromptEncoder:
         self.seconds = self.extractor.chunk_length * self.family.windows  # the published processor's maximum
         self.longer_clips = 0
 
-    def encode(self, question: Question, use_audio: bool = True, waveform=None) -> Prompt:
+    def encode(
+        self,
+        question: Question,
+        use_audio: bool = True,
+        waveform: np.ndarray | None = None,
+    ) -> Prompt:
         """The prompt of Section III-A in the family's chat template, audio first.
 
         use_audio=False drops the audio tokens, markers included (Section IV-E). `waveform` (float32, 16 kHz)
@@ -121,14 +129,17 @@ class PromptEncoder:
             placeholders = [self.audio_token_id] * audio_tokens(frames)
             heard = self.template(self.family.before_audio) + placeholders
             heard += self.template(self.family.after_audio)
-        text = prompt_text(question, self.prompt)
-        asked = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        asked = self.tokenizer(
+            prompt_text(question, self.prompt),
+            add_special_tokens=False,
+            split_special_tokens=True,
+        ).input_ids
         head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         tail = "<|im_end|>\n<|im_start|>assistant\n"
         ids = self.template(head) + heard + asked + self.template(tail)
         return Prompt(torch.tensor(ids), features, frames)
 
-    def features(self, waveform) -> tuple[Tensor, int]:
+    def features(self, waveform: np.ndarray) -> tuple[Tensor, int]:
         """(n,) samples at 16 kHz -> ((mels, frames + look-ahead), frames), as the published processor's.
 
         It pads every clip to 30 or 300 s first, and takes a longer one apart (Audio Flamingo 3). Some zeros
@@ -136,7 +147,7 @@ class PromptEncoder:
         the maximum of each window, is in the clip.
         """
         longest = self.extractor.chunk_length * 16_000
-        samples = max(len(waveform), 4 * HOP)  # the shortest clip that gives one audio embedding
+        samples = max(len(waveform), 3 * HOP)  # the shortest clip that gives one audio embedding
         padded = torch.zeros(samples + 5 * HOP)
         padded[: len(waveform)] = torch.as_tensor(waveform)
         windows = []
@@ -150,9 +161,10 @@ class PromptEncoder:
             )
             windows.append(batch.input_features[0])
         frames = math.ceil(samples / HOP)
-        return torch.cat(windows, dim=1)[:, : frames + LOOK_AHEAD], frames
+        features = torch.cat(windows, dim=1)
+        return features[:, : frames + LOOK_AHEAD], frames
 
-    def cut(self, waveform, path: str):
+    def cut(self, waveform: np.ndarray, path: str) -> np.ndarray:
         """The clip as far as the published processor hears it (300, 30, 600 s), with a warning."""
         limit = self.seconds * 16_000
         if len(waveform) > limit:
@@ -186,22 +198,37 @@ def clips_of(prompts: list[Prompt]) -> list[Prompt]:
     return [prompt for prompt in prompts if prompt.input_features is not None]
 
 
+def lengths_of(prompts: list[Prompt]) -> Tensor:
+    return torch.tensor([len(prompt.input_ids) for prompt in prompts])
+
+
 def pack_prompts(prompts: list[Prompt], audio_token_id: int) -> Tokens:
-    """B prompts as rows, padded behind: a causal mask hides the padding; logits after each one's last token."""
-    lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
+    """B prompts as rows, padded behind (a causal mask hides the padding); logits after their last tokens."""
     ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True)
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    rows = torch.arange(len(prompts))
-    return Tokens(ids, positions, None, rows, lengths - 1, clips_of(prompts), ids == audio_token_id)
+    return Tokens(
+        ids=ids,
+        positions=torch.arange(ids.shape[1]).expand_as(ids),
+        mask=None,
+        rows=torch.arange(len(prompts)),
+        columns=lengths_of(prompts) - 1,
+        clips=clips_of(prompts),
+        placeholders=ids == audio_token_id,
+    )
 
 
-def pack(prompts: list[Prompt], groups: list[list[Tensor]], audio_token_id: int) -> Tokens:
-    """B rows [prompt, r1, ..., rG] (the picture above) for scoring; logits where a response token is predicted.
+def pack(
+    prompts: list[Prompt],
+    groups: list[list[Tensor]],
+    audio_token_id: int,
+) -> Tokens:
+    """B rows [prompt, r1, ..., rG] (the picture above) for scoring; logits where responses are predicted.
 
     A response's last token predicts nothing and is left out. The logits' order: first the B rows' last prompt
     tokens, which predict the first token of every response; then all other places, row by row.
     """
-    rows = []
+    all_ids = []
+    all_positions = []
+    all_segments = []
     for prompt, group in zip(prompts, groups, strict=True):
         n = len(prompt.input_ids)
         ids = [prompt.input_ids]
@@ -212,24 +239,23 @@ def pack(prompts: list[Prompt], groups: list[list[Tensor]], audio_token_id: int)
             ids.append(response[:-1])
             positions.append(torch.arange(n, n + more))
             segments.append(torch.full((more,), i))
-        rows.append((torch.cat(ids), torch.cat(positions), torch.cat(segments)))
-    ids, positions, segments = (
-        pad_sequence(column, batch_first=True, padding_value=padding)
-        for column, padding in zip(zip(*rows, strict=True), (0, 0, -2), strict=True)
-    )
+        all_ids.append(torch.cat(ids))
+        all_positions.append(torch.cat(positions))
+        all_segments.append(torch.cat(segments))
+    ids = pad_sequence(all_ids, batch_first=True)
+    segments = pad_sequence(all_segments, batch_first=True, padding_value=-2)
     keys = segments.unsqueeze(1)
     queries = segments.unsqueeze(2)
     sees = (keys == -1) | (keys == queries)  # the padding sees itself: a row that sees nothing would be NaN
-    last = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts])
     more_rows, more_columns = (segments >= 0).nonzero(as_tuple=True)
     return Tokens(
-        ids,
-        positions,
-        sees.tril().unsqueeze(1),
-        torch.cat([torch.arange(len(prompts)), more_rows]),
-        torch.cat([last, more_columns]),
-        clips_of(prompts),
-        (ids == audio_token_id) & (segments == -1),  # a response may say the token
+        ids=ids,
+        positions=pad_sequence(all_positions, batch_first=True),
+        mask=sees.tril().unsqueeze(1),
+        rows=torch.cat([torch.arange(len(prompts)), more_rows]),
+        columns=torch.cat([lengths_of(prompts) - 1, more_columns]),
+        clips=clips_of(prompts),
+        placeholders=(ids == audio_token_id) & (segments == -1),  # a response may say the token
     )
 
 
@@ -239,10 +265,14 @@ def decoding_mask(lengths: Tensor, group_size: int, tokens: int) -> Tensor:
     The responses of a prompt grow by G tokens of one row at every step, so that the prompt's keys are stored
     and read once, not G times: the keys are [prompt, step 1's G tokens, step 2's, ...].
     """
-    in_prompt = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None, None]
-    same_response = torch.eye(group_size, dtype=torch.bool, device=lengths.device)
-    own = same_response.repeat(1, tokens).expand(len(lengths), -1, -1)
-    return torch.cat([in_prompt.expand(-1, group_size, -1), own], dim=-1).unsqueeze(1)
+    device = lengths.device
+    shape = (len(lengths), group_size, -1)
+    columns = torch.arange(int(lengths.max()), device=device)
+    in_prompt = columns < lengths[:, None, None]  # (B, 1, P)
+    same_response = torch.eye(group_size, dtype=torch.bool, device=device)
+    own = same_response.repeat(1, tokens)  # (G, tokens * G)
+    mask = torch.cat([in_prompt.expand(shape), own.expand(shape)], dim=-1)
+    return mask.unsqueeze(1)
 
 
 class KVCache:
@@ -251,12 +281,19 @@ class KVCache:
     def __init__(self):
         self.layers = {}
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        layer: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
         """Append (B, heads, new tokens, head size) to the layer's, and return all of them."""
         if layer in self.layers:
-            before = self.layers[layer]
-            keys = torch.cat([before[0], keys], dim=2)
-            values = torch.cat([before[1], values], dim=2)
+            old_keys, old_values = self.layers[layer]
+            keys = torch.cat([old_keys, keys], dim=2)
+            values = torch.cat([old_values, values], dim=2)
         self.layers[layer] = (keys, values)
         return keys, values
 
@@ -276,7 +313,13 @@ class Scores:
 class AudioLM(nn.Module):
     """A causal language model that hears. Always in eval mode: rollout and scoring are the same policy."""
 
-    def __init__(self, model: nn.Module, prompts: PromptEncoder, folder: Path, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: PromptEncoder,
+        folder: Path,
+        dtype: torch.dtype,
+    ):
         super().__init__()
         self.model = model
         self.prompts = prompts
@@ -287,43 +330,57 @@ class AudioLM(nn.Module):
         self.gathered = (
             contextlib.nullcontext
         )  # fsdp.shard: holds the whole weights while responses are drawn
-        self.is_tied = model.lm_head.weight is model.model.language_model.embed_tokens.weight
+        embedding = model.model.language_model.embed_tokens
+        self.is_tied = model.lm_head.weight is embedding.weight
         self.merged = unchanged  # lora.py: (parameter's name, whole weight) -> the weight to save
         self.average = float  # with several processes: the mean of a number over them
         self.lockstep = False  # fsdp.shard: a forward pass is a collective, so ranks must do equally many
         self.eval()
 
-    def encode(self, question: Question, use_audio: bool = True, waveform=None) -> Prompt:
+    def encode(
+        self,
+        question: Question,
+        use_audio: bool = True,
+        waveform: np.ndarray | None = None,
+    ) -> Prompt:
+        """See `PromptEncoder.encode`."""
         return self.prompts.encode(question, use_audio, waveform)
 
     def decode(self, tokens: Tensor) -> str:
         return self.prompts.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def forward(self, tokens: Tokens, cache: KVCache | None = None) -> Tensor:
-        """Logits (K, vocabulary) in fp32 where `tokens` wants them. The one entry for all that is computed."""
-        network = self.model.model
-        embeddings = network.language_model.embed_tokens(tokens.ids.to(self.device))
+        """Logits (K, vocabulary) in fp32 where `tokens` wants them. The one entry for all computing."""
+        device = self.device
+        network = self.model.model.language_model
+        embeddings = network.embed_tokens(tokens.ids.to(device))
         if tokens.clips:
-            heard = self.hear(tokens.clips).to(embeddings.dtype)  # (placeholders, hidden)
-            places = tokens.placeholders.to(self.device).unsqueeze(-1)
-            embeddings = embeddings.masked_scatter(places, heard)
-        mask = tokens.mask if tokens.mask is None else tokens.mask.to(self.device)
-        hidden = network.language_model(
+            heard = self.hear(tokens.clips)  # (placeholders, hidden)
+            places = tokens.placeholders.to(device).unsqueeze(-1)
+            embeddings = embeddings.masked_scatter(places, heard.to(embeddings.dtype))
+        mask = tokens.mask
+        if mask is not None:
+            mask = mask.to(device)
+        hidden = network(
             inputs_embeds=embeddings,
             attention_mask={"full_attention": mask},  # a dict is taken as it is; None means causal
-            position_ids=tokens.positions.to(self.device),
+            position_ids=tokens.positions.to(device),
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
-        hidden = hidden[tokens.rows.to(self.device), tokens.columns.to(self.device)]
-        return self.model.lm_head(hidden).float()
+        rows = tokens.rows.to(device)
+        columns = tokens.columns.to(device)
+        return self.model.lm_head(hidden[rows, columns]).float()
 
     def hear(self, clips: list[Prompt]) -> Tensor:
         """Clips -> (all their audio tokens, hidden), computed over what is heard and nothing else."""
+        network = self.model.model
         if self.prompts.family is OMNI:
-            return hear_omni(self.model.model.audio_tower, clips, self.device)
-        parts = [hear_whisper(self.model.model.audio_tower, clip, self.device) for clip in clips]
-        return self.model.model.multi_modal_projector(torch.cat(parts))
+            return hear_omni(network.audio_tower, clips, self.device)
+        parts = []
+        for clip in clips:
+            parts.append(hear_whisper(network.audio_tower, clip, self.device))
+        return network.multi_modal_projector(torch.cat(parts))
 
     @torch.no_grad()
     def generate(
@@ -339,30 +396,36 @@ class AudioLM(nn.Module):
         Tokens are drawn from softmax(logits / temperature), each prompt's from its own generator, so that its
         responses do not depend on its neighbours; temperature 0 takes the most likely.
         """
-        shape = (len(prompts), group_size)
-        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=self.device)
-        rows = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)
-        columns = torch.arange(group_size, device=self.device).repeat(len(prompts))
-        eos = self.eos.to(self.device)
-        done = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        B = len(prompts)
+        G = group_size
+        device = self.device
+        lengths = lengths_of(prompts).to(device)
+        rows = torch.arange(B).repeat_interleave(G)
+        columns = torch.arange(G).repeat(B)
+        eos = self.eos.to(device)
+        done = torch.zeros(B, G, dtype=torch.bool, device=device)
         said = []
         with self.gathered():
             cache = KVCache()
             logits = self(pack_prompts(prompts, self.prompts.audio_token_id), cache)  # prefill: (B, V)
             if temperature == 0 and not logits.isfinite().all():  # argmax would answer all the same
                 raise InputError(f"{self.folder}: the model's predictions are not finite numbers")
-            logits = logits.unsqueeze(1).expand(-1, group_size, -1)
+            logits = logits.unsqueeze(1).expand(-1, G, -1)  # (B, G, V)
             for count in range(1, max_new_tokens + 1):
                 newest = draw(logits, temperature, generators)
                 said.append(newest)
-                done |= torch.isin(newest, eos)
+                done = done | torch.isin(newest, eos)
                 if count == max_new_tokens or self.all_done(done):
                     break
-                positions = (lengths + count - 1).unsqueeze(1).expand(shape)
-                mask = decoding_mask(lengths, group_size, count)
-                logits = self(Tokens(newest, positions, mask, rows, columns), cache).view(*shape, -1)
-        responses = torch.stack(said, dim=-1).cpu()  # (B, G, T)
-        return [[until_eos(response, self.eos) for response in group] for group in responses]
+                places = lengths + count - 1
+                positions = places.unsqueeze(1).expand(B, G)
+                mask = decoding_mask(lengths, G, count)
+                logits = self(Tokens(newest, positions, mask, rows, columns), cache)
+                logits = logits.view(B, G, -1)
+        groups = []
+        for group in torch.stack(said, dim=-1).cpu():  # (G, T)
+            groups.append([until_eos(response, self.eos) for response in group])
+        return groups
 
     def all_done(self, done: Tensor) -> bool:
         finished = done.all().int()
@@ -371,23 +434,41 @@ class AudioLM(nn.Module):
         return bool(finished)
 
     def sample(
-        self, prompt: Prompt, group_size: int, max_new_tokens: int, temperature: float, generator=None
+        self,
+        prompt: Prompt,
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator | None = None,
     ) -> list[Tensor]:
         """G responses to one prompt, each a 1-D int64 tensor, EOS kept."""
-        generators = None if generator is None else [generator]
-        return self.generate([prompt], max_new_tokens, group_size, temperature, generators)[0]
+        groups = self.generate([prompt], max_new_tokens, group_size, temperature, [generator])
+        return groups[0]
 
-    def score(self, prompts: list[Prompt], groups: list[list[Tensor]]) -> Scores:
+    def score(
+        self,
+        prompts: list[Prompt],
+        groups: list[list[Tensor]],
+    ) -> Scores:
         """log pi(o_t | q, o_<t) of Eq. 3 for B groups of G responses, in one pass over B rows."""
         logits = self(pack(prompts, groups, self.prompts.audio_token_id))
         return score_logits(logits, groups)
 
-    def log_probs(self, prompt: Prompt, responses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def log_probs(
+        self,
+        prompt: Prompt,
+        responses: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
         """Log-probs (G, T) of one prompt's responses, and the mask (G, T) of real tokens, EOS included."""
         scores = self.score([prompt], [responses])
         return scores.logps, scores.mask
 
-    def save(self, out: Path | str, dtype: torch.dtype | None = None, **more) -> None:
+    def save(
+        self,
+        out: Path | str,
+        dtype: torch.dtype | None = None,
+        **more: Any,
+    ) -> None:
         """Write a folder in the base's layout. Collective. See `weights.save_model`."""
         save_model(self, Path(out), dtype or self.dtype, **more)
 
@@ -396,12 +477,17 @@ def unchanged(name: str, weight: Tensor) -> Tensor:
     return weight
 
 
-def draw(logits: Tensor, temperature: float, generators: list[torch.Generator] | None) -> Tensor:
+def draw(
+    logits: Tensor,
+    temperature: float,
+    generators: list[torch.Generator | None] | None,
+) -> Tensor:
     """(B, G, vocabulary) -> one token each, (B, G); row b with generator b."""
     if temperature == 0:
         return logits.argmax(-1)
     # A NaN stops multinomial (and with it a GPU for good); let the loss be NaN instead, which is reported.
-    probabilities = (logits / temperature).softmax(-1).nan_to_num(nan=1.0)
+    probabilities = (logits / temperature).softmax(-1)
+    probabilities = probabilities.nan_to_num(nan=1.0)
     if generators is None:
         generators = [None] * len(probabilities)
     drawn = []
@@ -422,26 +508,36 @@ def score_logits(logits: Tensor, groups: list[list[Tensor]]) -> Scores:
     device = logits.device
     B = len(groups)
     G = len(groups[0])
-    responses = [response for group in groups for response in group]
-    lengths = [len(response) for response in responses]
-    first = torch.stack([response[0] for response in responses]).to(device)
-    rest = torch.cat([response[1:] for response in responses]).to(device)
+    responses = []
+    for group in groups:
+        responses += group
+    lengths = torch.tensor([len(response) for response in responses])
+    first = torch.stack([response[0] for response in responses])
+    rest = torch.cat([response[1:] for response in responses])
     # The G first tokens of a prompt share one row. Expanding it sums their gradients in a fixed order;
     # indexing it G times would add them atomically, in another order every run.
-    first_logits = logits[:B].unsqueeze(1).expand(-1, G, -1).flatten(0, 1)
-    first_logps = -F.cross_entropy(first_logits, first, reduction="none")  # (B * G,)
-    rest_logps = -F.cross_entropy(logits[B:], rest, reduction="none")
+    first_logits = logits[:B].unsqueeze(1).expand(-1, G, -1)
+    first_logits = first_logits.flatten(0, 1)  # (B * G, V)
+    first_logps = -F.cross_entropy(first_logits, first.to(device), reduction="none")
+    rest_logps = -F.cross_entropy(logits[B:], rest.to(device), reduction="none")
     with torch.no_grad():  # 64 rows at a time: an entropy needs three more arrays of the logits' size
         entropies = torch.cat([entropy_of(part) for part in logits.split(64)])
-        first_entropy = entropies[:B].repeat_interleave(G)
-    more = [length - 1 for length in lengths]
+    first_entropy = entropies[:B].repeat_interleave(G)
+    more = (lengths - 1).tolist()
+    rest_of = rest_logps.split(more)
+    spread_of = entropies[B:].split(more)
     rows = []
     entropy = []
-    for i, (logps, spread) in enumerate(zip(rest_logps.split(more), entropies[B:].split(more), strict=True)):
-        rows.append(torch.cat([first_logps[i : i + 1], logps]))
-        entropy.append((first_entropy[i] + spread.sum()) / lengths[i])
-    mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
-    return Scores(pad_sequence(rows, batch_first=True), mask, torch.stack(entropy))
+    for i in range(B * G):
+        rows.append(torch.cat([first_logps[i : i + 1], rest_of[i]]))
+        total = first_entropy[i] + spread_of[i].sum()
+        entropy.append(total / (more[i] + 1))
+    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    return Scores(
+        logps=pad_sequence(rows, batch_first=True),
+        mask=mask.to(device),
+        entropy=torch.stack(entropy),
+    )
 
 
 def entropy_of(logits: Tensor) -> Tensor:
@@ -453,13 +549,20 @@ def entropy_of(logits: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- hearing
 
 
-def hear_omni(tower: nn.Module, clips: list[Prompt], device: torch.device) -> Tensor:
+def hear_omni(
+    tower: nn.Module,
+    clips: list[Prompt],
+    device: torch.device,
+) -> Tensor:
     """Qwen2.5-Omni's encoder on clips of any length, side by side: (all audio tokens, hidden).
 
     Where its chunks of 2 s begin is worked out on the CPU and handed over: taken from the GPU, each of its
     layers would wait for the device three times (97 times a pass of the 7B).
     """
-    features = torch.cat([clip.input_features[:, : clip.frames] for clip in clips], dim=1).to(device)
+    heard = []
+    for clip in clips:
+        heard.append(clip.input_features[:, : clip.frames])
+    features = torch.cat(heard, dim=1).to(device)
     lengths = torch.tensor([clip.frames for clip in clips])
     chunks, chunk_lengths = omni.chunk_and_pad_features(features, lengths, tower.n_window)
     return tower(
@@ -472,7 +575,11 @@ def hear_omni(tower: nn.Module, clips: list[Prompt], device: torch.device) -> Te
     ).last_hidden_state
 
 
-def hear_whisper(tower: nn.Module, clip: Prompt, device: torch.device) -> Tensor:
+def hear_whisper(
+    tower: nn.Module,
+    clip: Prompt,
+    device: torch.device,
+) -> Tensor:
     """A Whisper encoder on one clip, its windows of 30 s apart: (audio tokens, encoder's size).
 
     transformers' own wants all 3000 frames of a window and masks what lies after the clip; here only the
@@ -485,22 +592,27 @@ def hear_whisper(tower: nn.Module, clip: Prompt, device: torch.device) -> Tensor
         frames = min(clip.frames - start, WINDOW)
         if audio_tokens(frames) == 0:  # 10 or 20 ms after a full window
             break
-        window = features[:, start : start + min(frames + LOOK_AHEAD, WINDOW)]
-        x = window.unsqueeze(0).to(tower.conv1.weight.dtype)  # (1, mels, frames and look-ahead)
-        x = F.gelu(tower.conv2(F.gelu(tower.conv1(x)))).transpose(1, 2)
+        end = start + min(frames + LOOK_AHEAD, WINDOW)
+        x = features[:, start:end].unsqueeze(0)  # (1, mels, frames and look-ahead)
+        x = x.to(tower.conv1.weight.dtype)
+        x = F.gelu(tower.conv1(x))
+        x = F.gelu(tower.conv2(x))
+        x = x.transpose(1, 2)
         x = x[:, : (frames - 1) // 2 + 1]
-        x = (x + tower.embed_positions.weight[: x.shape[1]]).to(x.dtype)
+        positions = tower.embed_positions.weight[: x.shape[1]]
+        x = (x + positions).to(x.dtype)
         for layer in tower.layers:
             x = layer(x, attention_mask=None)
-        x = tower.avg_pooler(x.transpose(1, 2)).transpose(1, 2)
-        parts.append(tower.layer_norm(x)[0])
+        x = tower.avg_pooler(x.transpose(1, 2))
+        x = tower.layer_norm(x.transpose(1, 2))
+        parts.append(x[0])
     return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------------------------- loading
 
 
-def end_tokens(folder: Path, tokenizer) -> Tensor:
+def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Ids that end a response: <|im_end|> and what the checkpoint's generation config names."""
     ends = {tokenizer.convert_tokens_to_ids("<|im_end|>")}
     named = read_small_file(folder, "generation_config.json").get("eos_token_id")
@@ -508,14 +620,18 @@ def end_tokens(folder: Path, tokenizer) -> Tensor:
         named = []
     if not isinstance(named, list):
         named = [named]
-    if not all(type(end) is int and end >= 0 for end in named):
-        raise InputError(f"{folder}/generation_config.json: eos_token_id {named} is no token's number")
-    ends.update(named)
+    for end in named:
+        if type(end) is not int or end < 0:
+            raise InputError(f"{folder}/generation_config.json: eos_token_id {end!r} is no token's number")
+        ends.add(end)
     return torch.tensor(sorted(ends))
 
 
 def empty_lm(
-    path: Path | str, dtype: torch.dtype = torch.float32, audio: bool = True, prompt: str = "direct"
+    path: Path | str,
+    dtype: torch.dtype = torch.float32,
+    audio: bool = True,
+    prompt: str = "direct",
 ) -> AudioLM:
     """The model of a checkpoint folder or hub name, of the right shapes and without memory (meta device)."""
     folder = find_model(path)
@@ -527,7 +643,11 @@ def empty_lm(
     return AudioLM(model, prompts, folder, dtype)
 
 
-def load_weights(lm: AudioLM, storage: torch.device | str, compute: torch.device | str) -> AudioLM:
+def load_weights(
+    lm: AudioLM,
+    storage: torch.device | str,
+    compute: torch.device | str,
+) -> AudioLM:
     """Give an empty model, sharded or not, its memory on `storage` and read the weights into it.
 
     It computes on `compute`, where its tables are; the two differ where shards lie in host memory.
@@ -535,7 +655,8 @@ def load_weights(lm: AudioLM, storage: torch.device | str, compute: torch.device
     lm.device = torch.device(compute)
     lm.to_empty(device=storage)
     if lm.is_tied:  # to_empty has made two parameters of it
-        lm.model.lm_head.weight = lm.model.model.language_model.embed_tokens.weight
+        embedding = lm.model.model.language_model.embed_tokens
+        lm.model.lm_head.weight = embedding.weight
     for module in lm.model.modules():
         if next(module.buffers(recurse=False), None) is not None:  # rotary and sinusoid tables are in no file
             lm.model._init_weights(module)
@@ -556,4 +677,5 @@ def load_model(
 
     Raises InputError if the folder is missing, of another kind, or lacks a weight.
     """
-    return load_weights(empty_lm(path, dtype, audio, prompt), device, device)
+    lm = empty_lm(path, dtype, audio, prompt)
+    return load_weights(lm, device, device)

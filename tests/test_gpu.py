@@ -1,5 +1,6 @@
 """What a CPU can prove of a run on GPUs: bf16, the collectives of a step, no tensor on the wrong device."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from test_train import arguments, command, environment, kill_and_resume, log, train, train_here, weights
 
+import tiny
 from data import read_questions
 from model import empty_lm, load_weights
 from train import Run
@@ -78,25 +80,30 @@ def test_bf16_on_two_processes(world, in_fp32, layout, tmp_path):
 # ----------------------------------------------------------------------------------------------- collectives
 
 
-def collectives(world, out, **more) -> dict:
-    """Those of one step on two processes, counted: {"collectives": name -> calls, "groups": how many}."""
+LAYOUTS = [{"reshard": "on", "questions_per_pass": 1}, {"reshard": "on", "questions_per_pass": 2}, {}]
+
+
+def test_a_group_is_gathered_four_times_a_pass_at_most_and_reduced_once_whatever_the_tokens(world, tmp_path):
+    out = tmp_path / "calls.json"
+    runs = []
+    for layout in LAYOUTS:
+        for tokens in (2, 9):
+            options = arguments(world, batch=4, max_new_tokens=tokens, workers=0, **layout)
+            runs.append(json.dumps(options))
     python = command(2)[:-1]
-    options = arguments(world, out=out, batch=4, **more)
-    script = ROOT / "tests/scripts/dump_gradients.py"
-    subprocess.run([*python, script, *options], cwd=ROOT, env=environment(), check=True, capture_output=True)
-    return torch.load(out / "step.pt", weights_only=True)
-
-
-@pytest.mark.parametrize("options", [{"reshard": "on", "questions_per_pass": 1}, {}])
-def test_a_group_is_gathered_four_times_a_pass_at_most_and_reduced_once_whatever_the_tokens(
-    world, tmp_path, options
-):
-    short = collectives(world, tmp_path / "short", max_new_tokens=2, **options)
-    long = collectives(world, tmp_path / "long", max_new_tokens=9, **options)
-    passes = 2 if options else 1
-    assert short["collectives"] == long["collectives"]
-    assert long["collectives"]["all_gather_single"] <= 4 * passes * long["groups"]
-    assert long["collectives"]["reduce_scatter_single"] == passes * long["groups"]
+    script = ROOT / "tests/scripts/collectives.py"
+    subprocess.run(
+        [*python, script, out, *runs], cwd=ROOT, env=environment(), check=True, capture_output=True
+    )
+    found = json.loads(out.read_text())
+    assert [one["passes"] for one in found] == [2, 2, 1, 1, 1, 1]
+    assert found[::2] == found[1::2]  # 2 tokens and 9
+    for one in found:
+        assert 0 < one["all_gather_single"] <= 4 * one["passes"] * one["groups"]
+        assert one["reduce_scatter_single"] == one["passes"] * one["groups"]
+    assert (
+        found[4]["all_gather_single"] == 2 * one["groups"]
+    )  # nothing re-sharded: policy and reference, once
 
 
 # ------------------------------------------------------------------------------------- devices are not mixed
@@ -104,12 +111,13 @@ def test_a_group_is_gathered_four_times_a_pass_at_most_and_reduced_once_whatever
 
 @pytest.mark.parametrize("audio", [True, False])
 @pytest.mark.parametrize("family", ["omni", "qwen2audio"])
-def test_what_computes_is_all_on_the_accelerator(family, audio, request, monkeypatch):
+def test_what_computes_is_all_on_the_accelerator(family, audio, tmp_path, monkeypatch):
     """The meta device stands in for it: an operation on tensors of two devices raises there as on CUDA.
 
     As under --cpu_offload: the storage is in host memory, FSDP gathers the weights on the accelerator.
     """
-    world = request.getfixturevalue("world" if family == "omni" else "world_qwen2audio")
+    world = tmp_path / "world"
+    tiny.make_world(world, family, effort=0, sizes={"train": 2, "arc": 1, "mmau": 1, "mmar": 1})
     lm = load_weights(empty_lm(world / "model", torch.bfloat16, audio), "cpu", "meta")
     for module in lm.modules():
         for name, parameter in module._parameters.items():

@@ -22,14 +22,10 @@ from files import InputError
 from model import load_model
 from train import Run
 
-FAMILIES = ["omni", "qwen2audio"]
+WORLDS = {"omni": "world", "qwen2audio": "world_qwen2audio"}
 RANK = 4
 PARTS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
 PARTS = [*PARTS.split(), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-
-
-def world_of(name, world, world_qwen2audio):
-    return {"omni": world, "qwen2audio": world_qwen2audio}[name]
 
 
 def trained(lm):
@@ -42,10 +38,10 @@ def trained(lm):
     return pairs
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def adapted(request, world, world_qwen2audio, tmp_path_factory):
+@pytest.fixture(scope="module", params=WORLDS)
+def adapted(request, tmp_path_factory):
     """(the tiny world, its model with trained pairs, the pairs, what is scored, the saved adapter)."""
-    folder = world_of(request.param, world, world_qwen2audio)
+    folder = request.getfixturevalue(WORLDS[request.param])
     lm = load_model(folder / "model")
     questions = read_questions(folder / "mmau.json", folder / "audio")[:3]
     prompts = [lm.encode(question) for question in questions]

@@ -2,11 +2,12 @@
 
     python tests/scripts/fake_step.py GPUS PROMPT_TOKENS CLIP_SECONDS [options of train.py]
 
-One process of a fake process group runs train.Run's own step. Weights and what is computed with them are
-fake (a shape and a device), token ids and what is computed of them alone are real, so that prompts, masks and responses are packed as in a run; every answer is as
-long as --max_new_tokens, of which two are drawn. Counts the bytes of all live storages after every operation. What the run keeps in
-host memory is left out, what it copies to the GPU on the way is added: all of it is on the "cpu" here.
-Prints one JSON object: the plan's parts, the peak after each part of the step.
+One process of a fake process group runs train.Run's own step. Weights and what is computed with them are fake
+(a shape and a device); token ids and what is computed of them alone are real, so that prompts, masks and
+responses are packed as in a run. Every answer is as long as --max_new_tokens, of which two are drawn. The bytes
+of all live storages are counted after every operation. What the run keeps in host memory is left out, what it
+copies to the GPU on the way is added: all of it is on the "cpu" here. Prints one JSON object: the plan's bytes
+for each moment of a step, the most that was measured in each part.
 """
 
 import gc
@@ -213,6 +214,8 @@ def main() -> None:
         kept = [state[name] for state in run.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
         if run.layout.offload == "all":
             kept += list(run.policy.parameters())
+        if run.layout.reference_on_host:
+            kept += list(run.reference.parameters())
         if run.layout.offload != "off":
             for tensor in kept:
                 memory.on_host(tensor)
