@@ -1,0 +1,55 @@
+"""For test_gpu.py: the collectives of one step under several layouts, counted.
+
+    torchrun --nproc_per_node 2 tests/scripts/collectives.py OUT.json '["--model", "M", ...]' '[...]' ...
+
+Writes a list with, for each list of train.py's options: all-gathers, reduce-scatters, sharded groups, passes.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+import fsdp
+from data import load_questions
+from train import Run, check_clips_together, parse, set_batch
+
+CALLS = {"all_gather_single": 0, "reduce_scatter_single": 0}  # as FSDP2 names them
+
+
+def count(name: str) -> None:
+    original = getattr(dist, name)
+
+    def counted(*args, **kwargs):
+        CALLS[name] += 1
+        return original(*args, **kwargs)
+
+    setattr(dist, name, counted)
+
+
+def main() -> None:
+    rank, world, device = fsdp.start_processes()
+    for name in CALLS:
+        count(name)
+    found = []
+    for options in sys.argv[2:]:
+        config = parse(json.loads(options))
+        set_batch(config, world)
+        run = Run(config, rank, world, device, load_questions(config, check_clips_together))
+        asked = next(run.batches())
+        CALLS.update(dict.fromkeys(CALLS, 0))
+        run.take_step(asked)
+        groups = [module for module in run.policy.modules() if isinstance(module, FSDPModule)]
+        passes = -(-len(asked) // run.layout.questions_per_pass)
+        found.append({**CALLS, "groups": len(groups), "passes": passes})
+    if rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
