@@ -64,7 +64,8 @@ def start_processes(minutes: float = 30, replicas: int = 1) -> tuple[int, int, t
         device = torch.device(torch.accelerator.current_accelerator().type, local)
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         # torchrun sets OMP_NUM_THREADS=1, but an optimizer in host memory wants this process's share of cores
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, os.cpu_count() // on_this_node))
     store = None if launched else dist.HashStore()
     limit = timedelta(minutes=minutes)  # a hung collective ends the run
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
@@ -265,7 +266,11 @@ def local(tensor: Tensor) -> Tensor:
 
 def checkpoints(out: Path) -> list[Path]:
     """The run's finished checkpoints, oldest first."""
-    return sorted(folder for folder in (out / "checkpoints").glob("step-*") if (folder / "run.json").exists())
+    whole = []
+    for folder in (out / "checkpoints").glob("step-*"):
+        if (folder / "run.json").exists():
+            whole.append(folder)
+    return sorted(whole)
 
 
 def save_checkpoint(

@@ -121,7 +121,8 @@ def usable(row: dict, texts: list[str], no_false_music: bool = False) -> tuple[s
 def question_row(name: str, question: str, choices: list[str], seed: int) -> dict:
     """AVQA's row. The right answer's place follows from clip and seed: 25 % each, on any machine."""
     right, *others = choices
-    place = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") % 4
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") % 4
     others.insert(place, right)
     return {
         "id": name,
@@ -231,7 +232,9 @@ class Ledger:
 
     @property
     def price(self) -> float:
-        return round((self.tokens_in * self.prices[0] + self.tokens_out * self.prices[1]) / 1e6, 4)
+        per_million_in, per_million_out = self.prices
+        cost = self.tokens_in * per_million_in + self.tokens_out * per_million_out
+        return round(cost / 1e6, 4)
 
     def has(self, name: str) -> bool:
         return name in self.done_ids or name in self.rejected_ids

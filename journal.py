@@ -18,7 +18,7 @@ DRIFT = 0.10  # by how much reward and official score may part
 
 
 class Journal:
-    """One row a step, each step once, and one a held-out score. TensorBoard and wandb where they are there."""
+    """One row a step, each step once, and one a held-out score. TensorBoard and wandb where installed."""
 
     def __init__(self, out: Path, step: int, settings: dict, wandb_project: str = ""):
         self.path = out / "log.jsonl"
@@ -101,9 +101,9 @@ def drift_in_words(rows: list[dict]) -> str:
     official = mean([row["official"] for row in last])
     hedged = mean([row["hedged"] for row in last])
     return (
-        f"reward and score part: over the last {WINDOW} steps the reward is {reward:.2f}, but the benchmarks' "
-        f"rule finds {official:.2f} of the answers right, and {hedged:.2f} of them name several choices. The "
-        "model may be learning to please the reward; look at samples.jsonl"
+        f"reward and score part: over the last {WINDOW} steps the reward is {reward:.2f}, but the "
+        f"benchmarks' rule finds {official:.2f} of the answers right, and {hedged:.2f} of them name several "
+        "choices. The model may be learning to please the reward; look at samples.jsonl"
     )
 
 

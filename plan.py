@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fsdp
-from cards import find_card
-from cost import Layout, Work, gpu_bytes, lasting_bytes, on_host, seconds_of, sizes_of
+from cost import Layout, Work, find_card, gpu_bytes, lasting_bytes, on_host, seconds_of, sizes_of
 from files import InputError
 from weights import empty_model, find_model
 
@@ -77,7 +76,12 @@ def layouts(work: Work) -> list[list[Layout]]:
     """What the options leave open; those that differ in the rollout and a pass's questions are one kind."""
     config = work.config
     switches = {"auto": (False, True), "on": (True,), "off": (False,)}
-    places = {"auto": ["off", "moments", "all"], "off": ["off"], "moments": ["moments"], "on": ["all"]}
+    places = {
+        "auto": ["off", "moments", "all"],
+        "off": ["off"],
+        "moments": ["moments"],
+        "on": ["all"],
+    }
     offloads = [(place, False) for place in places[config.cpu_offload]]
     if config.beta and offloads[-1][0] == "all":
         offloads.append(("all", True))
@@ -85,7 +89,8 @@ def layouts(work: Work) -> list[list[Layout]]:
         offloads = [("off", False)]
     counts = [config.questions_per_pass]
     if not config.questions_per_pass:  # as even as can be: 8, 4, 3, 2, 1
-        counts = sorted({math.ceil(work.questions / n) for n in range(1, work.questions + 1)}, reverse=True)
+        even = {math.ceil(work.questions / passes) for passes in range(1, work.questions + 1)}
+        counts = sorted(even, reverse=True)
     kinds = []
     for checkpointing in switches[config.checkpointing]:
         for reshard in switches[config.reshard]:
@@ -134,6 +139,8 @@ def choose_plan(
         clip_seconds = 0.0
     work = Work(sizes, config, gpus, dtype, clip_seconds, card, memory, host_memory, config.lora)
     plans = best_plans(work)
+    if memory == math.inf:  # a CPU's, or not known: nothing has to be given up
+        plans = plans[:1]
     chosen = min(plans, key=preference)
     if chosen.why_not():
         raise InputError(refusal(plans))
@@ -157,8 +164,9 @@ def preference(plan: Plan) -> tuple[bool, float]:
 
 def refusal(plans: list[Plan]) -> str:
     """One line: what the smallest layout lacks, and what would fit."""
-    closest = min(plans, key=lambda plan: (sum(plan.gpu.values()) > plan.work.memory, sum(plan.gpu.values())))
-    work = closest.work
+    work = plans[0].work
+    on_gpus = [plan for plan in plans if sum(plan.gpu.values()) <= work.memory]
+    closest = min(on_gpus or plans, key=lambda plan: sum(plan.gpu.values()))
     would = []
     for gpus in range(work.gpus + 1, work.config.batch + 1):
         more = replace(work, gpus=gpus)
@@ -209,6 +217,14 @@ def print_plan(config: argparse.Namespace) -> None:
     print(plan_table(choose_plan(model, gpus // config.replicas, dtype, config, device)))
 
 
+def plan_line(plan: Plan) -> str:
+    """What a run says of its plan when it starts."""
+    gpu = sum(plan.gpu.values()) / GIB
+    host = plan.node_host() / GIB
+    seconds = f"{plan.step_seconds():.2f} s a step as modelled for {plan.work.card.name}"
+    return f"layout: {plan.layout}; {gpu:.1f} GiB a GPU, {host:.1f} GiB of host memory a node, {seconds}"
+
+
 def plan_table(plan: Plan) -> str:
     """Every kind of layout with its GiB and modelled seconds, what the chosen one consists of, the hours."""
     work = plan.work
@@ -223,7 +239,12 @@ def plan_table(plan: Plan) -> str:
         seconds = "".join(f"{other.seconds[term]:9.2f}" for term in terms)
         unfit = " (does not fit)" * bool(other.why_not())
         lines.append(f"{sums}  {other.step_seconds():8.2f}  {seconds}  {other.layout}{unfit}")
-    for where, parts in (("each GPU", plan.gpu), ("host memory, per GPU", plan.host), ("disk", plan.disk)):
+    places = {
+        "each GPU": plan.gpu,
+        "host memory, per GPU": plan.host,
+        "disk": plan.disk,
+    }
+    for where, parts in places.items():
         lines.append(f"{where}: {sum(parts.values()) / GIB:.1f} GiB")
         for what, value in parts.items():
             if value:

@@ -175,7 +175,11 @@ def read_about(meta: Path) -> dict[str, str]:
     try:
         about = parse_json(read_text(meta))
         folder = about["audio_dir"] or os.path.dirname(about["data"])  # as read_questions looks for clips
-        return {"bench": str(about["bench"]), "audio": str(about["audio"]), "audio_dir": str(folder)}
+        return {
+            "bench": str(about["bench"]),
+            "audio": str(about["audio"]),
+            "audio_dir": str(folder),
+        }
     except (InputError, ValueError, TypeError, KeyError):
         return {}
 
@@ -392,7 +396,12 @@ def report(folder: Path | str) -> str:
     data["results"] = []
     for result in results:
         scores = [[*group, *numbers] for group, numbers in result.scores.items()]
-        about = {"run": result.run, "bench": result.bench, "audio": result.audio, "status": result.status}
+        about = {
+            "run": result.run,
+            "bench": result.bench,
+            "audio": result.audio,
+            "status": result.status,
+        }
         data["results"].append({**about, "scores": scores})
     write_text(folder / "report.md", text)
     write_text(folder / "report.html", page(data))

@@ -38,11 +38,20 @@ from tqdm import tqdm
 
 import grpo
 import lora
-from data import PROMPTS, Asked, Loaded, Question, Questions, check_clips, load_questions, prompt_text
+from data import (
+    PROMPTS,
+    Asked,
+    Loaded,
+    Question,
+    Questions,
+    check_clips,
+    load_questions,
+    prompt_text,
+)
 from files import InputError, read_text, write_text
 from journal import Journal
 from model import empty_lm, load_weights
-from plan import choose_plan, plan_table, print_plan
+from plan import choose_plan, plan_line, print_plan
 from reward import final_answer, find_reward, string_match, wilson
 from weights import empty_model, find_model
 
@@ -272,7 +281,7 @@ class Run:
         self.plan = choose_plan(model, shape[1], self.dtype, config, self.device, longest_clip)
         self.layout = self.plan.layout
         if self.rank == 0:
-            log.info(plan_table(self.plan))
+            log.info(plan_line(self.plan))
         mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
         if config.replicas == 1:
             mesh = mesh["shard"]
@@ -430,7 +439,8 @@ class Run:
             if part:
                 raise InputError(f"{len(part)} clips in a row cannot be decoded, the last: {part[-1]}")
         self.bad_clips += sum(fsdp.gather_objects(len(bad)))
-        if self.bad_clips > self.config.max_bad * max(100, (self.step + 1) * self.config.batch):
+        asked_so_far = (self.step + 1) * self.config.batch
+        if self.bad_clips > self.config.max_bad * max(100, asked_so_far):
             raise InputError(f"{self.bad_clips} clips could not be decoded, each named above; see --max_bad")
 
     # ---------------------------------------------------------------------------------------- held out
@@ -524,7 +534,12 @@ class Run:
         """O/model or O/model-step-N, with a model card; with --lora, O/adapter as well. Collective."""
         config = self.config
         out = Path(config.out)
-        card = {"base": config.model, "data": config.data, "steps": self.step, "settings": self.fingerprint}
+        card = {
+            "base": config.model,
+            "data": config.data,
+            "steps": self.step,
+            "settings": self.fingerprint,
+        }
         if not config.lora or config.save_merged == "on":
             self.policy.save(out / f"model{suffix}", parts=config.model_only or "all", card=card)
         if config.lora and self.rank == 0:
@@ -659,7 +674,11 @@ def learn(run: Run, journal: Journal | None, stop: fsdp.Stop) -> int:
     if run.step == 0:
         score(run, journal)
     progress = tqdm(
-        total=config.steps, initial=run.step, unit="step", disable=run.rank > 0, dynamic_ncols=True
+        total=config.steps,
+        initial=run.step,
+        unit="step",
+        disable=run.rank > 0,
+        dynamic_ncols=True,
     )
     batches = run.batches()
     while run.step < config.steps:

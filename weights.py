@@ -107,11 +107,11 @@ FAMILIES = {
 }
 
 
-# ------------------------------------------------------------------------------------- a checkpoint's small files
+# --------------------------------------------------------------------------------- a checkpoint's small files
 
 
 def find_model(path: Path | str, config_only: bool = False) -> Path:
-    """A local folder as it is, a hub name downloaded. Raises InputError if it is neither, or not to be read."""
+    """A local folder as it is, a hub name downloaded. Raises InputError if it is neither."""
     folder = Path(path)
     if not os.path.isdir(folder):
         if os.path.exists(folder) or len(folder.parts) != 2 or str(path).startswith((".", "/", "~")):
@@ -223,7 +223,7 @@ def check_extractor(folder: Path, mels: int) -> None:
         raise InputError(f"{folder}: the feature extractor's chunk_length is {seconds!r}, not 1 to 3600 s")
 
 
-# -------------------------------------------------------------------------------------------- files to parameters
+# ---------------------------------------------------------------------------------------- files to parameters
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -315,7 +315,7 @@ def empty_model(folder: Path, audio: bool = True) -> nn.Module:
 
 
 def check_weights(model: nn.Module, family: Family, folder: Path) -> None:
-    """Compare the model's parameters with the files' headers, before it gets any memory. Raises InputError."""
+    """Compare the parameters with the files' headers, before they get any memory. Raises InputError."""
     weights = Weights(folder)
     wanted = set()
     for name, parameter in model.named_parameters():
@@ -362,18 +362,19 @@ def read_weights(lm: nn.Module) -> None:
             target.copy_(rows[start : start + target.shape[0]])
 
 
-# -------------------------------------------------------------------------------------------- parameters to files
+# ---------------------------------------------------------------------------------------- parameters to files
 
 
 @torch.no_grad()
 def save_model(
     lm: nn.Module, out: Path, dtype: torch.dtype, parts: str = "all", card: dict[str, Any] | None = None
 ) -> None:
-    """A checkpoint folder in the base's layout, the trained weights in `dtype`; renamed into place. Collective.
+    """A checkpoint folder in the base's layout, the trained weights in `dtype`; renamed into place.
 
-    parts="thinker" leaves the talker and the like away: the thinker's own layout. What was not loaded is copied
-    from the base's files as it is. Gathers one weight at a time; the first process writes. Raises InputError,
-    in all processes and without touching `out`, if the disk is full or a weight is not finite.
+    parts="thinker" leaves the talker and the like away: the thinker's own layout. What was not loaded is
+    copied from the base's files as it is. Collective: gathers one weight at a time, the first process writes.
+    Raises InputError, in all processes and without touching `out`, if the disk is full or a weight is not
+    finite.
     """
     base = Weights(lm.folder)
     strip = WHOLE if base.is_whole and parts == "thinker" else ""
@@ -478,7 +479,7 @@ def write_small_files(
         (folder / "README.md").write_text(model_card(card), encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------ the model card
+# --------------------------------------------------------------------------------------------- the model card
 
 
 def model_card(card: dict[str, Any]) -> str:
@@ -508,7 +509,7 @@ def model_card(card: dict[str, Any]) -> str:
         f"- base: `{card['base']}`",
         f"- data: {', '.join(f'`{name}`' for name in card['data'])}",
         f"- steps: {card['steps']}",
-        "- recipe: GRPO with a reward for the right answer, after Omni-R1 (arXiv 2505.09439), Equations 1 to 4",
+        "- recipe: GRPO with a reward for the right answer, after Omni-R1 (arXiv 2505.09439), Eq. 1 to 4",
         "",
         "| setting | value |",
         "|---|---|",

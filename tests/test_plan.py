@@ -14,8 +14,8 @@ from transformers import WhisperFeatureExtractor
 import cost
 import plan
 import tiny
-from cards import CARDS, UNKNOWN, find_card
 from conftest import DATA
+from cost import CARDS, UNKNOWN, find_card
 from files import InputError
 from plan import GIB, USABLE, choose_plan
 from train import main, parse
@@ -147,13 +147,13 @@ def test_the_numbers_of_designs_arithmetic(models):
 def test_what_cannot_fit_is_refused_with_what_would(tmp_path, monkeypatch, capsys):
     folder = checkpoint(tmp_path, dimensions(OMNI_7B))
     monkeypatch.setattr(
-        sys, "argv", f"train.py --plan --model {folder} --world_size 1 --gpu_memory 6".split()
+        sys, "argv", f"train.py --plan --model {folder} --world_size 1 --gpu_memory 4".split()
     )
     with pytest.raises(SystemExit) as end:
         main()
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1
-    assert re.search(r"does not fit: \d+\.\d GiB a GPU of 5\.7 .*what would: \S+", error)
+    assert re.search(r"does not fit: \d+\.\d GiB a GPU of 3\.8 .*what would: \S+", error)
     monkeypatch.setattr(sys, "argv", f"train.py --plan --model {folder} --world_size 1 --gpu A6000 "
                         "--cpu_offload off".split())  # fmt: skip
     with pytest.raises(SystemExit):

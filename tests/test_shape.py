@@ -21,8 +21,7 @@ LAYOUT = (
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 # What a file may import of ours: the files above it, in the order in which a reader meets them.
-ORDER = "files data reward grpo weights model fsdp lora plan journal train chat report evaluate gen_qa fetch"
-ORDER = ORDER.split()
+ORDER = ["files", "data", "reward", "grpo", "weights", "model", "fsdp", "lora", "cost", "plan", "journal", "train", "scores", "report", "chat", "predictions", "evaluate", "captions", "gen_qa", "sets", "fetch"]
 
 
 def docstring_lines(tree):
@@ -115,12 +114,13 @@ def test_the_readmes_links_point_at_what_they_name():
 def test_nothing_is_unpickled_and_no_remote_code_is_trusted():
     for file in FILES:
         source = file.read_text()
-        assert not re.search(r"trust_remote_code|pickle\.load|torch\.load\(", source), file.name
+        assert not re.search(r"trust_remote_code=(?!False)|pickle\.load|torch\.load\(", source), file.name
 
 
 def test_the_page_is_in_its_own_file():
     for file in FILES:
-        assert not re.search(r"</?(div|span|svg|script|style|table|html)\b", file.read_text()), file.name
+        source = re.sub("^SLOT = .*", "", file.read_text(), flags=re.M)  # where the page's JSON goes
+        assert not re.search(r"</?(div|span|svg|script|style|table|html)\b", source), file.name
 
 
 def test_run_time_packages_are_the_six_and_pyarrow():

@@ -67,7 +67,7 @@ if __name__ == "__main__":
         "gradients": gradients,
         "responses": [everything[k] for k in sorted(everything)],
         "bytes": sizes,
-        "plan": run.plan.gpu,
+        "plan": run.plan.lasting,
         "collectives": dict(COLLECTIVES),
         "groups": len(fsdp.groups(run.policy.model)) + 1,  # and the rest
     }
