@@ -41,8 +41,9 @@ from files import InputError, one_writer, write_text
 from lora import load_adapter
 from model import AudioLM, Prompt, PromptEncoder, load_model
 from predictions import Answers, Key, Row
-from report import compare, report, summary_lines
+from report import report
 from reward import final_answer, string_match
+from scores import compare, summary_lines
 from weights import find_model
 
 log = logging.getLogger("omni_r1")

@@ -65,7 +65,7 @@ def start_processes(minutes: float = 30, replicas: int = 1) -> tuple[int, int, t
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         # torchrun sets OMP_NUM_THREADS=1, but an optimizer in host memory wants this process's share of cores
         on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, os.cpu_count() // on_this_node))
+        torch.set_num_threads(max(1, os.cpu_count() // on_this_node))
     store = None if launched else dist.HashStore()
     limit = timedelta(minutes=minutes)  # a hung collective ends the run
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)

@@ -21,18 +21,8 @@ import numpy as np
 
 from data import Question, read_rows
 from files import InputError, parse_json, read_text, write_text
-from scores import (  # noqa: F401 (as evaluate.py calls them)
-    Accuracy,
-    Scores,
-    answers,
-    compare,
-    correct,
-    groups_of,
-    percent,
-    read_predictions,
-    score_questions,
-    summary_lines,
-)
+from scores import Accuracy, Scores, answers, correct, groups_of, percent, read_predictions, score_questions
+from weights import SCORES_HERE
 
 log = logging.getLogger("omni_r1")
 
@@ -105,7 +95,6 @@ SAMPLES = 200  # of a run on the page, evenly over its steps
 LONGEST_ANSWER = 500  # characters of each answer on the page: its end, where <answer> stands
 TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = '<script type="application/json" id="data">'
-CARD_MARK = "<!-- scores -->"  # in a model card: here come the run's scores
 
 
 def paper_rows(table: str) -> Iterator[tuple[str, str, str | None, list[float | None]]]:
@@ -356,7 +345,7 @@ def fill_cards(results: list[Result]) -> None:
         if result.path.parent.name == "eval" and card.is_file():
             cards.setdefault(card, []).append(result)
     for card, own in cards.items():
-        head, mark, rest = read_text(card).partition(CARD_MARK)
+        head, mark, rest = read_text(card).partition(SCORES_HERE)
         lines = rest.split("\n")
         while lines and (not lines[0] or lines[0].startswith("|")):
             lines.pop(0)

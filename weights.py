@@ -61,6 +61,7 @@ MOST = {  # sizes that cost hours or terabytes before any weight's shape could c
     "max_source_positions": 100_000,
 }
 FILE_BYTES = 4 * 2**30
+SCORES_HERE = "<!-- scores -->"  # in a model card; report.py writes the run's scores after it
 WHOLE = "thinker."  # begins the names of the thinker's weights in the hub's whole Qwen2.5-Omni
 NOT_LOADED = (
     "inv_freq",
@@ -516,6 +517,7 @@ def model_card(card: dict[str, Any]) -> str:
     ]
     for key, value in card["settings"].items():
         lines.append(f"| {key} | `{value}` |")
+    lines += ["", "## Scores", "", SCORES_HERE]
     return "\n".join(lines) + "\n"
 
 

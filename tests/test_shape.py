@@ -21,7 +21,29 @@ LAYOUT = (
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 # What a file may import of ours: the files above it, in the order in which a reader meets them.
-ORDER = ["files", "data", "reward", "grpo", "weights", "model", "fsdp", "lora", "cost", "plan", "journal", "train", "scores", "report", "chat", "predictions", "evaluate", "captions", "gen_qa", "sets", "fetch"]
+ORDER = [
+    "files",
+    "data",
+    "reward",
+    "grpo",
+    "weights",
+    "model",
+    "fsdp",
+    "lora",
+    "cost",
+    "plan",
+    "journal",
+    "train",
+    "scores",
+    "report",
+    "chat",
+    "predictions",
+    "evaluate",
+    "captions",
+    "gen_qa",
+    "sets",
+    "fetch",
+]
 
 
 def docstring_lines(tree):

@@ -21,7 +21,7 @@ import weights
 from data import Question
 from files import InputError
 from model import load_model
-from weights import find_model, read_small_file
+from weights import SCORES_HERE, find_model, read_small_file
 
 QUESTION = Question("1", "What sounds?", ("dog", "bird"), "dog", None, {})
 
@@ -245,6 +245,7 @@ def test_the_card_names_what_was_given(world, tmp_path):
     text = (tmp_path / "saved" / "README.md").read_text()
     front = text.split("---")[1]
     assert 'base_model: "Qwen/Qwen2.5-Omni-7B"' in front and 'pipeline_tag: "audio-text-to-text"' in front
+    assert text.rstrip().endswith(SCORES_HERE)  # where report.py puts them
     assert "datasets" not in front and "`data/avqa.json`" in text and "| lr | `1e-06` |" in text
     lm.save(tmp_path / "local", card={**card, "base": str(world / "model"), "data": ["gijs/avqa-processed"]})
     front = (tmp_path / "local" / "README.md").read_text().split("---")[1]
