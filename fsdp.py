@@ -5,12 +5,15 @@ master shards that AdamW steps on (a bf16 weight of ordinary size cannot take a 
 compute. All processes call the same groups in the same order, or their collectives would pair up wrongly.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
 import hashlib
 import json
 import logging
+import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -97,6 +100,16 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with_parent()
+
+
+def end_workers() -> None:
+    """At exit: multiprocessing would end the workers by SIGTERM, and wait for ever for who ignores it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader raises for each that dies
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+atexit.register(end_workers)  # before multiprocessing's own, which was registered earlier
 
 
 class Stop:

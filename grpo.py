@@ -147,7 +147,7 @@ def step(
     length = loss_length(rollouts, config, policy)
     learning = [what_teaches(rollout, config.beta) for rollout in rollouts]
     for _ in range(config.updates):
-        for rollout, whole in zip(learning, rollouts, strict=True):
+        for rollout in learning:
             # Score: the log-probs of every response's tokens, under the reference and under the policy.
             started = clock()
             logps, entropy = score(policy, reference, rollout, config)
@@ -157,7 +157,8 @@ def step(
             scored = clock()
             (loss * len(rollout.asked) / count).backward()
             add(metrics, found, len(rollout.asked) / config.updates)
-            add(metrics, {"entropy": entropy}, len(whole.asked) / config.updates)
+            taught = how_many_teach(rollout, config.beta)
+            add(metrics, {"entropy": entropy, "taught": 1.0}, taught / config.updates)
             add(metrics, {"seconds_score": scored - started})
             add(metrics, {"seconds_update": clock() - scored})
         # Update.
@@ -198,12 +199,19 @@ def group_rewards(
     return rewards
 
 
+def how_many_teach(rollout: Rollout, beta: float) -> int:
+    """Of a rollout's questions, those whose responses have a gradient."""
+    if beta:
+        return len(rollout.asked)
+    return int(rollout.advantages.any(-1).sum())
+
+
 def what_teaches(rollout: Rollout, beta: float) -> Rollout:
     """Without a KL divergence, groups of equal rewards have no gradient: they need not be scored.
 
     One is kept where there is no other, since all processes must make the same passes.
     """
-    if beta:
+    if how_many_teach(rollout, beta) == len(rollout.asked):
         return rollout
     kept = []
     for b, advantages in enumerate(rollout.advantages):

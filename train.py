@@ -369,6 +369,8 @@ class Run:
             row[name] = sum(part[name] for part in parts) / self.config.batch
             if name.startswith("seconds"):  # of a process, not of a question
                 row[name] *= self.config.batch / self.world
+        taught = row.pop("taught")  # the share of the questions whose responses were scored
+        row["entropy"] /= max(taught, 1 / self.config.batch)
         row["grad_norm"] = self.grad_norm
         row["learning_rate"] = rate
         row["peak_memory_mb"] = peak_memory_mb(self.device)

@@ -1,8 +1,16 @@
-"""The tiny world, made once and kept in the system's temporary folder until tests/tiny.py changes."""
+"""What tests share: the tiny world, kept in the system's temporary folder until tests/tiny.py changes, and two
+processes that are started once.
+"""
 
+import contextlib
 import hashlib
+import json
 import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +22,8 @@ import tiny
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("OMNI_R1_DATA", HERE.parent.parent / "shared" / "data"))  # real files, not ours
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2 * 2))
 
@@ -44,3 +54,65 @@ def world():
 @pytest.fixture(scope="session")
 def world_qwen2audio():
     return make_once("qwen2audio")
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+class Pair:
+    """Two processes that are started once: a launch of torchrun costs as much as a run here."""
+
+    def __init__(self, folder):
+        self.folder, self.count, self.job = folder, 0, None
+
+    def start(self):
+        for job in self.folder.glob("*.json"):
+            job.unlink()
+        self.count = 0
+        with open(self.folder / "log", "w") as log:
+            self.job = subprocess.Popen(
+                [*TORCHRUN, "--nproc_per_node", "2", HERE / "scripts" / "pair.py", self.folder],
+                cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def stop(self):
+        if self.job:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.job.pid, signal.SIGKILL)
+            self.job.wait()
+        self.job = None
+
+    def run(self, module, *arguments):
+        """The program's `main` on both; they must end with 0 in five minutes."""
+        if not self.job:
+            self.start()
+        job = self.folder / f"{self.count}.json"
+        ends = [self.folder / f"{self.count}.{rank}" for rank in range(2)]
+        for end in ends:
+            end.unlink(missing_ok=True)
+        job.with_suffix(".writing").write_text(json.dumps([free_port(), module, [*map(str, arguments)]]))
+        job.with_suffix(".writing").rename(job)
+        self.count += 1
+        deadline = time.time() + 300
+        while self.job.poll() is None and time.time() < deadline:
+            if all(end.exists() for end in ends):
+                break
+            time.sleep(0.01)
+        said = [end.exists() and end.read_text() for end in ends]
+        if said != ["exit 0", "exit 0"]:
+            self.stop()
+        assert said == ["exit 0", "exit 0"], (self.folder / "log").read_text()[-3000:]
+
+    def train(self, out, *arguments):
+        self.run("train", "--out", out, *arguments)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    two = Pair(tmp_path_factory.mktemp("pair"))
+    yield two
+    two.stop()

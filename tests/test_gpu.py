@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import arguments, command, environment, kill_and_resume, log, train, train_here, weights
+from test_train import arguments, environment, kill_and_resume, log, train, train_here, weights
 
 import tiny
 from data import read_questions
@@ -83,18 +83,16 @@ def test_bf16_on_two_processes(world, in_fp32, layout, tmp_path):
 LAYOUTS = [{"reshard": "on", "questions_per_pass": 1}, {"reshard": "on", "questions_per_pass": 2}, {}]
 
 
-def test_a_group_is_gathered_four_times_a_pass_at_most_and_reduced_once_whatever_the_tokens(world, tmp_path):
+def test_a_group_is_gathered_four_times_a_pass_at_most_and_reduced_once_whatever_the_tokens(
+    world, pair, tmp_path
+):
     out = tmp_path / "calls.json"
     runs = []
     for layout in LAYOUTS:
         for tokens in (2, 9):
             options = arguments(world, batch=4, max_new_tokens=tokens, workers=0, **layout)
             runs.append(json.dumps(options))
-    python = command(2)[:-1]
-    script = ROOT / "tests/scripts/collectives.py"
-    subprocess.run(
-        [*python, script, out, *runs], cwd=ROOT, env=environment(), check=True, capture_output=True
-    )
+    pair.run("collectives", out, *runs)
     found = json.loads(out.read_text())
     assert [one["passes"] for one in found] == [2, 2, 1, 1, 1, 1]
     assert found[::2] == found[1::2]  # 2 tokens and 9

@@ -164,8 +164,8 @@ LAYOUTS["the base whole in both"] = ["--reshard", "off", "--questions_per_pass",
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_processes_are_one(world, one, layout, tmp_path):
-    train(tmp_path, *options(world, steps=3), *LAYOUTS[layout], processes=2)
+def test_two_processes_are_one(world, pair, layout, tmp_path):
+    pair.train(tmp_path, *options(world, steps=3), *LAYOUTS[layout])
     other = tmp_path / "one"
     assert train_here(other, *options(world, steps=3)) == 0
     for row, expected in zip(log(tmp_path), log(other), strict=True):

@@ -36,7 +36,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-if __name__ == "__main__":
+def main() -> None:
     config = parse()
     rank, world, device = fsdp.start_processes()
     set_batch(config, world)
@@ -76,3 +76,7 @@ if __name__ == "__main__":
         out.mkdir(parents=True, exist_ok=True)
         torch.save(about, out / "step.pt")
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
