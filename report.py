@@ -242,12 +242,13 @@ def paper_tables(results: list[Result]) -> list[dict[str, Any]]:
         for (column, group), numbers in result.scores.items():
             if column in ("all", "task", "modality"):
                 ours[(*place, group)] = numbers
+    runs = {result.run for result in results}
     tables = []
     for name, (title, columns) in COLUMNS.items():
         rows = list(paper_rows(name))
         for line in MORE.strip().splitlines():
             names, model, method, run = line.split(" | ")
-            if name in names.split():
+            if name in names.split() and run in runs:
                 rows.append((model, f"{method} (not in the paper)", run, [None] * len(columns)))
         heads = [f"{bench} {group}" for bench, _, group in columns]
         if name == "IV":

@@ -31,10 +31,10 @@ serve chat tests/chat_server.py
 export RESULTS MASTER_PORT DATA="$RESULTS/data" HF_HOME="$(realpath "$RESULTS")/hf" HF_HUB_DISABLE_PROGRESS_BARS=1 OMP_NUM_THREADS=1
 HF_ENDPOINT=$(cat "$RESULTS/hub") URL=$(cat "$RESULTS/chat")
 export HF_ENDPOINT URL GPT=stand-in OMNI=Qwen/Qwen2.5-Omni-7B QWEN2AUDIO=Qwen/Qwen2-Audio-7B-Instruct
-export GPUS=2 STEPS="${STEPS:-60}" LONG="${LONG:-90}" KEEP_SHORTEST=400 HOLD_OUT=40 RESERVE=1 BENCHES="mmau-mini mmau-mini-v2 mmau-full mmar"
+export GPUS=2 STEPS="${STEPS:-60}" LONG="${LONG:-70}" KEEP_SHORTEST=400 HOLD_OUT=40 RESERVE=1 BENCHES="mmau-mini mmau-mini-v2 mmau-full mmar"
 export FETCH="--limit 1000" TRAIN="--lr 5e-4 --max_new_tokens 8 --seed $SEED" EVAL="--max_new_tokens 8"
 bash run.sh
-bash run.sh omni-avqa-lora report
+TRAIN="--lr 2e-3 --max_new_tokens 8 --seed $SEED" bash run.sh omni-avqa-lora report
 echo
 sed -n '/^### Table IV/,/^###  *All/p' "$RESULTS/report.md" | grep '^[#|]' | grep -v '### All'
 echo "(in parentheses the paper's numbers, of models ten thousand times the size)"
