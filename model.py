@@ -327,9 +327,7 @@ class AudioLM(nn.Module):
         self.dtype = dtype
         self.device = torch.device("cpu")  # where it computes; sharded weights may lie elsewhere
         self.eos = end_tokens(folder, prompts.tokenizer)
-        self.gathered = (
-            contextlib.nullcontext
-        )  # fsdp.shard: holds the whole weights while responses are drawn
+        self.gathered = contextlib.nullcontext  # fsdp.shard: keeps the weights whole while drawing
         embedding = model.model.language_model.embed_tokens
         self.is_tied = model.lm_head.weight is embedding.weight
         self.merged = unchanged  # lora.py: (parameter's name, whole weight) -> the weight to save

@@ -306,9 +306,10 @@ class Run:
         self.reference = None
         if config.beta:
             self.reference = empty_lm(config.model, self.dtype, self.hears, config.prompt)
-            if self.world > 1:
-                fsdp.shard(self.reference, mesh, self.dtype, **layout)
-            load_weights(self.reference, self.device, self.device)
+            on_host = self.layout.reference_on_host
+            if self.world > 1 or on_host:  # no backward comes: each layer goes once it was used
+                fsdp.shard(self.reference, mesh, self.dtype, reshard=True, cpu_offload=on_host)
+            load_weights(self.reference, home if on_host else self.device, self.device)
             self.reference.requires_grad_(False)
 
     def load_frozen(self, mesh: DeviceMesh, layout: dict) -> None:

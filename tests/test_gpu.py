@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from test_train import arguments, environment, kill_and_resume, log, train, trai
 import tiny
 from data import read_questions
 from model import empty_lm, load_weights
+from plan import choose_plan
 from train import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +77,20 @@ def test_bf16_on_two_processes(world, in_fp32, layout, tmp_path):
     train(tmp_path / "whole", *options, processes=2)
     kill_and_resume(tmp_path / "killed", options, processes=2, moments=1)
     check_bf16(tmp_path / "whole", tmp_path / "killed", in_fp32)
+
+
+def test_a_reference_in_host_memory_changes_nothing(world, in_fp32, tmp_path, monkeypatch):
+    """The layout of the smallest cards, which no option asks for."""
+
+    def with_reference(*about):
+        chosen = choose_plan(*about)
+        return replace(chosen, layout=replace(chosen.layout, reference_on_host=True))
+
+    monkeypatch.setattr("train.choose_plan", with_reference)
+    assert train_here(tmp_path, *options_of(world, cpu_offload="on"), "--dtype", "float32") == 0
+    for row, other in zip(log(tmp_path), in_fp32, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-6)
+        assert row["kl"] == pytest.approx(other["kl"], abs=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------- collectives

@@ -192,6 +192,14 @@ def test_log_has_the_keys_of_other_trainers_and_says_what_the_reward_hides(one):
     assert all(row["eval_low"] < row["eval_accuracy"] < row["eval_high"] for row in scores(one))
 
 
+def test_gradients_are_clipped(world, one, tmp_path):
+    """To a norm far below AdamW's epsilon, so that no weight moves."""
+    assert train_here(tmp_path, *arguments(world, steps=1, max_grad_norm=1e-12)) == 0
+    base = weights(world / "model")
+    moved = distance(weights(one / "model"), base)
+    assert distance(weights(tmp_path / "model"), base) < 1e-3 * moved and log(tmp_path)[0]["grad_norm"] > 0.01
+
+
 def test_samples_show_what_was_said_and_paid(world, one):
     samples = rows_of(one / "samples.jsonl")
     assert [sample["step"] for sample in samples] == list(range(1, STEPS + 1))
