@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -68,6 +69,21 @@ class Pairs:
             self.are_on = True
 
 
+class Hearing:
+    """What hears is frozen: rollout, reference and policy share what it made of the last clips."""
+
+    def __init__(self, hear: Callable[[list[Prompt]], Tensor]):
+        self.hear = hear
+        self.clips = []
+        self.heard = None
+
+    def __call__(self, clips: list[Prompt]) -> Tensor:
+        if list(map(id, clips)) != list(map(id, self.clips)):
+            self.heard = self.hear(clips)
+            self.clips = clips
+        return self.heard
+
+
 def attach(lm: AudioLM, rank: int, alpha: float, seed: int = 0) -> Pairs:
     """Freeze a model whose weights are read, sharded or not; add fp32 pairs, whole in each process."""
     lm.requires_grad_(False)
@@ -85,6 +101,7 @@ def attach(lm: AudioLM, rank: int, alpha: float, seed: int = 0) -> Pairs:
         linear.lora_B.weight.data.zero_()
         linear.register_forward_hook(pairs)
     lm.merged = pairs.merged
+    lm.hear = Hearing(lm.hear)
     return pairs
 
 

@@ -572,7 +572,7 @@ def test_a_step_on_the_real_question_and_clip(world, tmp_path):
 def test_no_process_ever_holds_the_whole_model(world, tmp_path):
     """Beyond its shards, loading takes less than half a bf16 copy of the weights, summed over 4 processes."""
     middle = bench.middle_model(tmp_path, "omni")
-    python = [*command(4)[:-1], ROOT / "tests" / "load_memory.py", middle, world / "model"]
+    python = [*command(4)[:-1], ROOT / "tests" / "scripts" / "load_memory.py", middle, world / "model"]
     done = subprocess.run(python, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     print(f"loading takes {float(done.stdout):.3f} of a bf16 copy beyond the shards")
     assert float(done.stdout) < 0.5

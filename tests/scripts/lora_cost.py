@@ -19,8 +19,8 @@ import data
 import fsdp
 import train
 
-QUESTIONS = 4
-STEPS = 4
+QUESTIONS = 1
+STEPS = 6
 
 
 def rows_of_question(folder: Path) -> Path:
@@ -30,7 +30,7 @@ def rows_of_question(folder: Path) -> Path:
     rows = []
     for i in range(QUESTIONS):
         row = {"id": str(i), "question": question.question, "choices": list(question.choices)}
-        rows.append(row | {"answer": question.answer, "audio": "clip.wav"})
+        rows.append(row | {"answer": question.answer, "audio_id": "clip.wav"})
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
 
