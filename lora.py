@@ -74,13 +74,16 @@ class Hearing:
 
     def __init__(self, hear: Callable[[list[Prompt]], Tensor]):
         self.hear = hear
+        self.ids = []
         self.clips = []
         self.heard = None
 
     def __call__(self, clips: list[Prompt]) -> Tensor:
-        if list(map(id, clips)) != list(map(id, self.clips)):
+        ids = list(map(id, clips))
+        if ids != self.ids:
             self.heard = self.hear(clips)
-            self.clips = clips
+            self.ids = ids
+            self.clips = clips  # kept, so that no other gets such an id
         return self.heard
 
 
