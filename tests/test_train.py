@@ -262,8 +262,10 @@ def test_two_processes_are_one_without_audio_and_mixed(world, tmp_path, kind):
     assert [r["reward"] for r in log(tmp_path / "r1")] == [r["reward"] for r in log(tmp_path / "r2")]
 
 
-def kill_and_resume(out, options, processes, moments, seed=0):
-    """Start the run; kill -9 its whole process group at random moments; start again until it ends."""
+def kill_and_resume(out, options, processes, moments, seed=0, launcher_only=False):
+    """Start the run; kill -9 its whole process group, or torchrun alone, at random moments; start it again
+    at once, until it ends.
+    """
     rng, environ = random.Random(seed), environment()
     for _ in range(moments):
         with open(os.devnull, "w") as quiet:
@@ -277,20 +279,22 @@ def kill_and_resume(out, options, processes, moments, seed=0):
                 break
             time.sleep(0.02)
         time.sleep(rng.random())
-        if job.poll() is None:
+        if launcher_only:
+            job.kill()
+        elif job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
         job.wait()
     train(out, *options, processes=processes)
 
 
-def killed_is_uninterrupted(world, out, kind, processes, kills, pair=None, **more):
+def killed_is_uninterrupted(world, out, kind, processes, kills, pair=None, launcher_only=False, **more):
     options = {"steps": 12, "save_every": 2, "batch": 2, "no_audio": kind == "no_audio"} | more
     options = (mixed if kind == "mixed" else arguments)(world, **options)
     if pair:
         pair.train(out / "whole", *options)
     else:
         train(out / "whole", *options, processes=processes)
-    kill_and_resume(out / "killed", options, processes, kills)
+    kill_and_resume(out / "killed", options, processes, kills, launcher_only=launcher_only)
     whole, killed = weights(out / "whole" / "model"), weights(out / "killed" / "model")
     assert distance(whole, weights(world / "model")) > 0
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
@@ -300,6 +304,12 @@ def killed_is_uninterrupted(world, out, kind, processes, kills, pair=None, **mor
 
 def test_killed_is_uninterrupted(world, pair, tmp_path):
     killed_is_uninterrupted(world, tmp_path, "mixed", processes=2, kills=1, pair=pair)
+
+
+@pytest.mark.slow
+def test_ten_killed_launchers_change_nothing(world, pair, tmp_path):
+    """Their processes may outlive them by a moment, when the next ones are there already."""
+    killed_is_uninterrupted(world, tmp_path, "audio", 2, kills=10, pair=pair, launcher_only=True, steps=40)
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +406,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(world, tmp_pa
     folders = sorted((whole / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-000004", "step-000006"]
     names = sorted(path.name for path in folders[-1].iterdir())
-    for name in names:
+    for name in 2 * names:  # 20 flips
         shutil.rmtree(broken)
         shutil.copytree(whole, broken)
         flip(broken / "checkpoints" / "step-000006" / name, rng)
