@@ -155,7 +155,7 @@ class Batches:
         return [self.encode(asked) for asked in self.batches[b]]
 
     def encode(self, asked: Asked) -> Encoded:
-        longest = self.prompts.extractor.chunk_length + 1
+        longest = self.prompts.seconds + 1
         try:
             samples = samples_of(asked, self.audio, longest)
             if samples is not None:
