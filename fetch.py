@@ -14,11 +14,14 @@ import argparse
 import csv
 import errno
 import fnmatch
+import gzip
 import io
 import json
 import math
 import mmap
+import os
 import shutil
+import signal
 import sys
 import tarfile
 import time
@@ -32,23 +35,16 @@ import pyarrow  # for this file alone: the sets are parquet and Arrow files
 import pyarrow.parquet
 import soundfile
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from data import read_rows
 from files import InputError, one_writer, parse_json, read_text, write_text
-from sets import CONVERT, SETS, SOUNDS, Source, inside, source_of, stem
+from sets import CONVERT, SETS, SOUNDS, Source, clip_key, clip_name, inside, source_of, stem
 
 MAX_BAD = 0.1  # share of a set that may be missing or broken
-PAUSES = (1, 4, 15, 60)  # seconds before each new try of what the network failed
+PAUSES = [1, 4, 15, 60]  # seconds before each new try of what the network failed
 SMALL = 8 * 2**20  # bytes: files that are smaller on average are downloaded 500 at a time
-LONGEST = 2**30  # bytes: a longer member of an archive is no clip
-ENDINGS = {  # by soundfile's name of the format
-    "WAV": ".wav",
-    "WAVEX": ".wav",
-    "FLAC": ".flac",
-    "OGG": ".ogg",
-    "MP3": ".mp3",
-    "AIFF": ".aiff",
-}
+LONGEST = 200 * 2**20  # bytes: a longer member of an archive is no clip; half an hour at 48 kHz
 MALFORMED = (  # a row or a clip; soundfile raises a RuntimeError
     ValueError,
     LookupError,
@@ -62,6 +58,7 @@ DAMAGED = (  # a downloaded file
     EOFError,
     zlib.error,
     OSError,
+    ValueError,
 )
 
 
@@ -78,6 +75,8 @@ def from_hub(source: Source, what: str, ask: Callable, **options: Any) -> Any:
             response = getattr(error, "response", None)
             refused = getattr(response, "status_code", None) in (400, 401, 403, 404)
             full = getattr(error, "errno", None) == errno.ENOSPC
+            if pause is None:
+                PAUSES.clear()  # a hub that stayed away so long is not waited for again, set after set
             if pause is None or refused or full or constants.HF_HUB_OFFLINE:
                 place = f"{source.repo} ({source.revision}, {constants.ENDPOINT})"
                 raise InputError(f"cannot fetch {what} of {place}: {reason}") from None
@@ -87,18 +86,37 @@ def from_hub(source: Source, what: str, ask: Callable, **options: Any) -> Any:
 
 def list_files(source: Source) -> dict:
     """{"revision": commit, "files": [[name, bytes], ...]} of what the set takes of its repository."""
-    options = {"revision": source.revision, "files_metadata": True}
-    info = from_hub(source, "the list of files", HfApi().repo_info, **options)
-    sizes = {file.rfilename: file.size for file in info.siblings}
+    sizes = {}
+    options = {"revision": source.revision}
+    if constants.HF_HUB_OFFLINE:
+        options["allow_patterns"] = source.files
+        folder = Path(from_hub(source, "the files in the hub's cache", snapshot_download, **options))
+        commit = folder.name
+        for path in folder.rglob("*.*"):
+            sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    else:
+        info = from_hub(source, "the list of files", HfApi().repo_info, files_metadata=True, **options)
+        commit = info.sha
+        for file in info.siblings:
+            sizes[file.rfilename] = file.size
     files = []
     for pattern in source.files:
         names = fnmatch.filter(sorted(sizes), pattern)
         if not names and not pattern.startswith("*") and source.kind == "dataset":
-            raise InputError(f"{source.repo} ({info.sha}) has no file {pattern}: its layout has changed")
+            raise InputError(f"{source.repo} ({commit}) has no file {pattern}: its layout has changed")
         for name in names:
             inside(Path(), name)
             files.append([name, sizes[name]])
-    return {"revision": info.sha, "files": files}
+    return {"revision": commit, "files": files}
+
+
+def in_cache(model: Source) -> bool:
+    """Whether the hub's cache has all of a model: `train.py --plan` leaves its config.json there."""
+    try:
+        folder = snapshot_download(model.repo, allow_patterns=model.files, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return False
+    return any(Path(folder).glob("*.safetensors"))
 
 
 def download(source: Source, commit: str, names: list[str], folder: Path) -> list[Path]:
@@ -123,12 +141,16 @@ def contents(name: str, path: Path) -> Iterator[tuple]:
     if name.endswith(SOUNDS):
         yield name, None, name, path.read_bytes()
     elif name.endswith(".tar.gz"):
-        with tarfile.open(path, "r|gz") as archive:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
+                if not member.name.lower().endswith(SOUNDS) or Path(member.name).name.startswith("."):
+                    continue  # a folder, a list; macOS puts a hidden ._x.wav beside each x.wav
                 if member.isfile() and member.size <= LONGEST:
                     yield member.name, None, member.name, archive.extractfile(member).read()
-                elif not member.isdir():
+                else:
                     yield f"{member.name} (no regular file, or too large)", None, member.name, b""
+            while stream.read(2**20):
+                pass  # to the end, where gzip's checksum is
     else:
         number = 0
         for batch in open_table(path):
@@ -153,11 +175,17 @@ def open_table(path: Path) -> Iterator:
 
 def write_clip(folder: Path, name: str, sound: bytes, as_published: bool) -> None:
     """A clip as it is, its ending told by its header. ValueError and the like for what is no sound."""
-    info = soundfile.info(io.BytesIO(sound))
+    try:
+        info = soundfile.info(io.BytesIO(sound))
+    except soundfile.LibsndfileError as error:  # its own text has an address in memory
+        raise ValueError(f"{name}: {error.error_string}") from None
     if not info.frames:
-        raise ValueError("no samples")
+        raise ValueError(f"{name}: no samples")
     if not as_published:
-        name = stem(name) + ENDINGS[info.format]
+        ending = "." + info.format.lower().removesuffix("ex")  # WAVEX
+        if ending not in SOUNDS:
+            raise ValueError(f"{name}: {info.format}")
+        name = stem(name) + ending
     write_bytes(inside(folder, name), sound)
 
 
@@ -175,7 +203,10 @@ def unpack(name: str, path: Path, source: Source, data: Path, limit: float) -> d
     convert = CONVERT.get(source.questions.split("/")[0])
     found = {"rows": [], "taken": 0, "broken": []}
     if not name.endswith((".parquet", ".arrow", ".tar.gz", *SOUNDS)):
-        write_bytes((data / source.questions).parent / path.name, path.read_bytes())
+        content = path.read_bytes()
+        if content.startswith(b"version https://git-lfs"):
+            raise ValueError("a git-lfs pointer in the file's place")
+        write_bytes((data / source.questions).parent / path.name, content)
         return found
     for where, row, clip, sound in contents(name, path):
         if found["taken"] >= limit:
@@ -206,15 +237,11 @@ def fetch_set(name: str, options: argparse.Namespace) -> None:
     if read_state(name, options):
         print(f"{name}: there already")
         return
-    listing = folder / "listing.json"
-    if not listing.exists():
-        write_text(listing, json.dumps(list_files(source)))
-    listed = parse_json(read_text(listing))
+    listed, done, left = start_from(name, source, options)
+    write_text(folder / "listing.json", json.dumps(listed))
     print(f"{name}: {source.repo}, commit {listed['revision']}", flush=True)
-    done = read_done(folder, options.limit)
     taken = sum(file["taken"] for file in done.values())
     limit = options.limit or math.inf
-    left = {file: size for file, size in listed["files"] if file not in done}
     if left and not options.limit:
         need_room(options.data, disk_bytes(left.items()) + max(left.values()))
     for half in downloads.rglob("*.incomplete"):  # a killed download's
@@ -232,8 +259,9 @@ def fetch_set(name: str, options: argparse.Namespace) -> None:
             except DAMAGED as error:
                 if downloads in path.parents:
                     path.unlink()
+                (folder / "listing.json").unlink()
                 raise InputError(f"{path} is damaged ({error}): the same command fetches it again") from None
-            done[file] = {"file": file, "limit": options.limit, **found}
+            done[file] = {"file": file, "limit": options.limit, "commit": listed["revision"], **found}
             taken += found["taken"]
             with open(folder / "done.jsonl", "a", encoding="utf-8") as record:
                 record.write("\n")  # ends a line that a kill cut off
@@ -241,25 +269,62 @@ def fetch_set(name: str, options: argparse.Namespace) -> None:
             if not options.keep_downloads:
                 (downloads / file).unlink(missing_ok=True)
         print(f"  {file}: {taken} taken", flush=True)
-    finish(name, source, options, list(done.values()))
+    try:
+        finish(name, source, options, list(done.values()))
+    except InputError:
+        forget(folder, done)
+        raise
     if not options.keep_downloads:
         shutil.rmtree(downloads)
     lock.close()
 
 
-def read_done(folder: Path, limit: int) -> dict[str, dict]:
-    """What was recorded of each file, under this --limit. A line that a kill cut off counts for nothing."""
+def start_from(name: str, source: Source, options: argparse.Namespace) -> tuple[dict, dict, dict]:
+    """(the list of files, as an earlier start found it; what is done of them; {file: bytes} of the rest)."""
+    folder = options.data / name
+    listed = read_notes(folder / "listing.json") or list_files(source)
+    done = read_done(folder, options.limit, listed["revision"])
+    left = {file: size for file, size in listed["files"] if file not in done}
+    return listed, done, left
+
+
+def read_notes(path: Path) -> dict:
+    """What an earlier start wrote there; {} if that is nothing that a fetch writes."""
+    try:
+        notes = parse_json(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(notes, dict):
+        return {}
+    return notes
+
+
+def read_done(folder: Path, limit: int, commit: str) -> dict[str, dict]:
+    """What was recorded of each file of this commit, under this --limit. Half a line counts for nothing."""
     done = {}
     record = folder / "done.jsonl"
-    record.touch()
-    for line in record.read_text("utf-8").split("\n"):
+    if not record.exists():
+        return done
+    for line in read_text(record).split("\n"):
         try:
             row = parse_json(line)
-        except ValueError:
+            if row["limit"] == limit and row["commit"] == commit:
+                done[row["file"]] = row
+        except MALFORMED:
             continue
-        if row["limit"] == limit:
-            done[row["file"]] = row
     return done
+
+
+def forget(folder: Path, done: dict[str, dict]) -> None:
+    """After a refusal: the same command asks the hub anew for all but the files whose every clip is good."""
+    lines = []
+    for file, found in done.items():
+        if found["taken"] and not found["broken"]:
+            lines.append(json.dumps(found) + "\n")
+        else:
+            (folder / "download" / file).unlink(missing_ok=True)
+    write_text(folder / "done.jsonl", "".join(lines))
+    (folder / "listing.json").unlink()
 
 
 def finish(name: str, source: Source, options: argparse.Namespace, done: list[dict]) -> None:
@@ -270,22 +335,29 @@ def finish(name: str, source: Source, options: argparse.Namespace, done: list[di
     for file in done:
         rows += file["rows"]
         wrong += file["broken"]
-    copied = not rows
+    copied = source.questions.split("/")[0] not in CONVERT
     if copied and target.suffix == ".csv":
-        rows = target.read_text("utf-8").splitlines()[1:]
+        rows = read_text(target).splitlines()[1:]
     elif copied:
         rows = read_rows(target)[0]
-    there = {stem(path.name) for path in (options.data / source.clips).rglob("*.*")}
+    if not rows:
+        reason = [*wrong, "there is none"][0]
+        raise InputError(f"{name}: no row is as published ({reason})")
+    clips = options.data / source.clips
+    there = set()
+    for path in clips.rglob("*.*"):
+        there.add(clip_key(path.relative_to(clips).as_posix(), source))
     kept = []
     for number, row in enumerate(rows):
-        clip = ""
-        if isinstance(row, dict):
-            row.setdefault("id", number)  # AVQA's rows have none
-            clip = stem(clip_name(row))
-        if clip and clip not in there:
+        clip = clip_name(row)
+        missing = clip and clip_key(clip, source) not in there
+        if missing and options.limit:
+            continue
+        if missing:
             wrong.append(f"{clip}: no such clip (row {number + 1} of {target})")
-        if not clip or clip in there or not options.limit:
-            kept.append(row)
+        if clip and not copied:
+            row.setdefault("id", number)  # AVQA's rows have none
+        kept.append(row)
     if not copied or len(kept) < len(rows):
         write_rows(target, kept)
     folder = options.data / name
@@ -311,14 +383,6 @@ def check_counts(name: str, rows: int, wrong: list[str]) -> None:
         raise InputError(f"{name}: {rows} rows, where about {about} are published")
 
 
-def clip_name(row: dict) -> str:
-    """The clip that a question is about; empty where it is about none."""
-    for key in ("video_name", "audio_id", "audio_path"):
-        if row.get(key):
-            return str(row[key])
-    return ""
-
-
 def write_rows(path: Path, rows: list) -> None:
     """Questions as a JSON list or JSON lines, VGGSound's list as CSV, as the ending says."""
     text = io.StringIO()
@@ -335,14 +399,12 @@ def write_rows(path: Path, rows: list) -> None:
 
 def read_state(name: str, options: argparse.Namespace) -> dict | None:
     """What `finish` found, if the set is complete (with this --limit, or without one)."""
-    state = options.data / name / "complete.json"
-    if name not in SETS or not state.exists():
+    found = read_notes(options.data / name / "complete.json")
+    if found.get("limit", -1) not in (0, options.limit):
         return None
-    found = parse_json(read_text(state))
-    questions = options.data / SETS[name].questions
-    if found["limit"] in (0, options.limit) and questions.exists():
-        return found
-    return None
+    if not (options.data / SETS[name].questions).exists():
+        return None
+    return found
 
 
 def describe(state: dict) -> str:
@@ -373,8 +435,9 @@ def need_room(folder: Path, size: float) -> None:
 
 
 def print_sets(sources: dict[str, Source], options: argparse.Namespace) -> None:
-    """The table, with what is there. With --plan, what it takes; InputError where the disk is too small."""
+    """The table, with what is there. With --plan, what it takes; InputError where a disk is too small."""
     total = 0.0
+    models = 0.0  # of the total: in the hub's cache
     disk = options.reserve * 1e9
     for name, source in sources.items():
         size = source.gb * 1e9
@@ -382,18 +445,46 @@ def print_sets(sources: dict[str, Source], options: argparse.Namespace) -> None:
         there = "-"
         if state:
             there = describe(state)
-        elif isinstance(try_to_load_from_cache(source.repo, "config.json"), str):
+        elif source.kind == "model" and in_cache(source):
             there = "in the hub's cache"
         elif options.plan:
-            files = list_files(source)["files"]
-            size = sum(size for _, size in files)
-            there = f"{len(files)} files to download"
+            left = {"": size}
+            try:
+                left = start_from(name, source, options)[2]
+                there = f"{len(left)} files to download"
+            except InputError as error:  # fetching goes on without this one too
+                there = str(error)
+            size = sum(left.values())
             total += size
-            disk += disk_bytes(files)
+            disk += disk_bytes(left.items())
+            models += size * (source.kind == "model")
         print(f"{name:<28} {source.rows:>7,} rows {size / 1e9:8.3f} GB  {source.repo}: {there}")
     if options.plan:
         print(f"to download: {total / 1e9:.1f} GB; on disk: {disk / 1e9:.1f} GB, results included")
+        need_room(Path(constants.HF_HUB_CACHE), models)
         need_room(options.data, disk)
+
+
+def fetch_all(sources: dict[str, Source], options: argparse.Namespace) -> bool:
+    """Fetch one after the other, whatever happens to those before; whether all are there."""
+    good = True
+    for name, source in sources.items():
+        try:
+            if source.kind == "model":
+                from_hub(source, "the model", snapshot_download, allow_patterns=source.files)
+                print(f"{name}: there")
+            else:
+                fetch_set(name, options)
+        except (InputError, OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            good = False
+    return good
+
+
+def stop(*_: Any) -> None:
+    """Ctrl-C, at once: threads may be downloading."""
+    os.write(2, b"stopped; the same command goes on\n")
+    os._exit(130)
 
 
 def main() -> None:
@@ -407,6 +498,7 @@ def main() -> None:
     add("--plan", action="store_true", help="print what is to be downloaded, and stop")
     add("--reserve", type=float, default=0.0, help="--plan: GB that the results will take besides (0)")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, stop)
     try:
         if options.limit < 0:
             raise InputError(f"--limit {options.limit}: must be at least 0")
@@ -416,19 +508,11 @@ def main() -> None:
                 sources[name] = source_of(name)
         if options.plan or not options.sets:
             print_sets(sources or SETS, options)
-            return
-        for name, source in sources.items():
-            if source.kind == "model":
-                from_hub(source, "the model", snapshot_download, allow_patterns=source.files)
-                print(f"{name}: there")
-            else:
-                fetch_set(name, options)
+        elif not fetch_all(sources, options):
+            sys.exit(2)
     except (InputError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

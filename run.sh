@@ -69,8 +69,15 @@ launch() { # torchrun over all GPUs, over several nodes where NODES says so
 }
 
 fetch() { # what the stages asked for need, where the disk has room for it and for what they make
-  [ "$NODE_RANK" = 0 ] || return 0
-  python fetch.py --plan --data "$DATA" --reserve "$RESERVE" $(needs)
+  local name there=0
+  if [ "$NODE_RANK" != 0 ]; then # the nodes share the disk
+    for name in $(needs); do
+      until [ -n "$PLAN" ] || [[ $name = */* ]] || [ -d "$name" ] || [ -f "$DATA/$name/complete.json" ]; do sleep 5; done
+    done
+    return
+  fi
+  [ ! -d "$RESULTS" ] || there=$(($(du -sk "$RESULTS/" | cut -f1) / 1000000))
+  python fetch.py --plan --data "$DATA" --reserve $((RESERVE > there ? RESERVE - there : 0)) $FETCH $(needs)
   [ -n "$PLAN" ] || python fetch.py --data "$DATA" $FETCH $(needs)
 }
 
@@ -81,9 +88,10 @@ train() { # train MODEL QUESTIONS CLIPS [options]: one run of Section IV, then i
   set -- train.py --model "$model" --data "$questions" --audio_dir "$clips" --out "$out" --batch 8 --prompt "$PROMPT" \
     --replicas "$NODES" --steps "$STEPS" --hold_out "$HOLD_OUT" "$@" $TRAIN
   if [ -n "$PLAN" ]; then
-    echo "$NAME: $(python "$@" --plan --world_size $((GPUS * NODES)) | tail -n 1)"
+    echo "$NAME: $(python "$@" --plan --world_size $((GPUS * NODES)) | tail -n 1); the hours of its evaluation are not counted"
     return
   fi
+  any_bench
   if [ ! -d "$out/model" ]; then
     say "$NAME: training"
     launch "$@"
@@ -101,15 +109,27 @@ bench_files() { # bench -> its questions and its clips
   esac
 }
 
+any_bench() { # fails, before hours of training and not after, where no benchmark has its questions
+  local bench questions clips
+  for bench in $BENCHES; do
+    read -r questions clips <<<"$(bench_files "$bench")"
+    [ ! -f "$questions" ] || return 0
+  done
+  echo "error: $NAME: no questions of $BENCHES in $DATA; first: bash run.sh fetch $NAME" >&2
+  exit 2
+}
+
 evaluate() { # evaluate MODEL [options]: every benchmark, with and without audio, with one loading of the model
   local model=$1 bench audio out questions clips data=() dirs=() audios=() outs=(); shift
-  [ -z "$PLAN" ] || return 0
+  [ -z "$PLAN" ] || { echo "$NAME: an evaluation, whose hours are not counted"; return; }
+  any_bench
   for bench in $BENCHES; do
     read -r questions clips <<<"$(bench_files "$bench")"
     [ -f "$questions" ] || { echo "$NAME: no $questions, so $bench is left out (see: bash run.sh fetch)"; continue; }
     for audio in $AUDIO; do
       out="$RESULTS/$NAME/eval/$bench.$audio.json"
-      [ -f "$out" ] || { data+=("$questions"); dirs+=("$clips"); audios+=("$audio"); outs+=("$out"); }
+      if [ -f "$out" ] && grep -qs '"unanswered": {}' "${out%.json}.meta"; then continue; fi # else what is missing is asked again
+      data+=("$questions"); dirs+=("$clips"); audios+=("$audio"); outs+=("$out")
     done
   done
   [ ${#outs[@]} != 0 ] || return 0
@@ -122,7 +142,8 @@ generate() { # generate IDS [options]: captions -> ChatGPT -> questions (Section
   local ids=$1 done="$DATA/$NAME/done"; shift
   set -- gen_qa.py --captions $CAPTIONS --ids "$ids" --out "$DATA/$NAME/train_qa.jsonl" --url "$URL" --model "$GPT" $GENERATE "$@"
   if [ -n "$PLAN" ]; then
-    if [ -f "$ids" ]; then python "$@" --dry_run | grep -i price; else echo "$NAME: its price is known once its captions are fetched"; fi
+    ls "$ids" $CAPTIONS >/dev/null 2>&1 || { echo "$NAME: its price is known once its captions are fetched"; return; }
+    python "$@" --dry_run | grep -i price
   elif [ "$NODE_RANK" != 0 ]; then
     until [ -f "$done" ]; do sleep 5; done
   elif [ ! -f "$done" ]; then

@@ -7,7 +7,7 @@ KeyError and the like for a row that is not as published.
 
 import re
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from files import InputError, parse_json
 
@@ -76,6 +76,22 @@ def stem(name: str) -> str:
     return path.name
 
 
+def clip_key(name: str, source: Source) -> str:
+    """A clip's name without its ending; with its folder, where the set is a folder of clips as published."""
+    if source.files[-1].endswith(SOUNDS):
+        return str(PurePosixPath(name).parent / stem(name))
+    return stem(name)
+
+
+def clip_name(row: Any) -> str:
+    """The clip that a question is about; empty where it is about none."""
+    if isinstance(row, dict):
+        for key in ("video_name", "audio_id", "audio_path"):
+            if row.get(key):
+                return str(row[key])
+    return ""
+
+
 def avqa(row: dict, file: str) -> tuple:
     """`"…?\\nChoices:\\nA. 3\\nB. One"`, answered `"B. One"` -> AVQA's own keys."""
     text, listed = row["question"].split("\nChoices:\n")
@@ -98,7 +114,7 @@ def avqa(row: dict, file: str) -> tuple:
 
 def vggsound(row: dict, file: str) -> tuple:
     """A row of VGGSound's own list: id, start second, class, split."""
-    name = stem(row["audio"]["path"]).removesuffix("-0")
+    name = PurePosixPath(row["audio"]["path"]).stem.removesuffix("-0")
     identity, start = name.rsplit("_", 1)
     split = PurePosixPath(file).name.split("-")[0]
     listed = [identity, int(start), row["caption"], split]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 import tarfile
+import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -66,6 +67,8 @@ def write_archive(path: Path, folder: str, clips: list[Path]) -> None:
     with tarfile.open(path, "w:gz") as archive:
         for clip in clips:
             archive.add(clip, f"{folder}/{clip.stem}.wav")
+            archive.addfile(tarfile.TarInfo(f"__MACOSX/{folder}/._{clip.stem}.wav"))
+        archive.addfile(tarfile.TarInfo(f"{folder}/.DS_Store"))
 
 
 def publish_avqa(world: Path, repo: Path, shards: int = 3) -> None:
@@ -87,7 +90,7 @@ def publish_avqa(world: Path, repo: Path, shards: int = 3) -> None:
 def publish_vggsound(world: Path, repo: Path, shards: int = 3) -> None:
     rows = []
     for row in json.loads((world / "train_qa.json").read_text()):
-        ending = ("-0.wav", ".wav")[row["id"] % 2]
+        ending = ("-0.wav", ".wav", "-0.mp4")[row["id"] % 3]
         name = row["video_name"]
         rows.append({"audio": sound(world, name, name + ending), "caption": "dog, barking"})
     for i in range(shards):
@@ -185,8 +188,8 @@ def publish_audiomcq(world: Path, repo: Path, count: int = 120) -> None:
         question["answer"] = row["multi_choice"][row["answer"]]
         question["audio_path"] = path
         question["source_dataset"] = path.split("/")[0]
-        if row["id"] % 2:
-            question["id"] = f"q{row['id']}"
+        if row["id"] % 3:
+            question["id"] = row["id"] // 2  # counted within its source
         rows.append(question)
         (repo / path).parent.mkdir(parents=True, exist_ok=True)
         (repo / path).write_bytes(clip.read_bytes())
@@ -283,6 +286,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(503, b"busy")
         elif way == "error":
             self.reply(500, b"<html>oops</html>")
+        elif way == "stall":
+            time.sleep(60)
         elif way == "part":  # a proxy that gives a part for the whole
             self.reply(200, half, headers)
         else:
