@@ -177,12 +177,15 @@ class ChatClient:
             headers["Authorization"] = f"Bearer {self.key}"
         options = {"timeout": self.timeout, "allow_redirects": False, "stream": True}
         data = bytearray()
+        deadline = time.monotonic() + self.timeout
         try:
             with self.session.post(self.url, json=body, headers=headers, **options) as response:
                 for piece in response.iter_content(65_536):
                     data += piece
                     if len(data) > LARGEST:
                         raise TryAgain(f"a reply of more than {LARGEST:,} bytes")
+                    if time.monotonic() > deadline:
+                        raise TryAgain("no whole reply in time")  # nobody waits for it any more
             exchange.set_result((response.status_code, response.headers, bytes(data)))
         except TryAgain as error:
             exchange.set_exception(error)

@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import soundfile
 
-from files import InputError, parse_json, read_text
+from files import InputError, parse_json, read_text, sha256
 
 log = logging.getLogger("omni_r1")
 
@@ -38,7 +38,8 @@ RATE = 16_000
 LOWEST_RATE = 1_000
 HIGHEST_RATE = 384_000
 MOST_CHANNELS = 64
-LONGEST_TEXT = 20_000  # characters of a question or a choice; the real ones have a few hundred
+LONGEST_TEXT = 20_000  # characters of a question with its choices; real ones have a few hundred
+LONGEST_NAME = 1_000  # characters of an id or a clip's name
 MOST_CHOICES = 64  # the real ones have 2 to 8
 MOST_EVALUATED = 200  # questions of --eval_data: their 95 % interval is about 7 points to either side
 
@@ -175,9 +176,9 @@ def read_row(row: dict, name: str, number: int, folder: Path) -> Question:
         audio = find_clip(clip, folder)
     if identity is None:  # the same whatever the order of the rows and what was added to them
         content = json.dumps([clip, text, choices])
-        identity = hashlib.sha256(content.encode()).hexdigest()[:16]
-    if type(identity) not in (str, int):
-        raise ValueError(f"id {identity!r:.80} is neither text nor number")
+        identity = sha256(content.encode())
+    if type(identity) not in (str, int) or len(str(identity)) > LONGEST_NAME:
+        raise ValueError(f"id {identity!r:.80} is neither text nor number, or longer than {LONGEST_NAME}")
     meta = {"format": name, "row": number - 1, "source": row}
     return Question(str(identity), text, tuple(choices), right_choice(answer, choices), audio, meta)
 
@@ -194,8 +195,9 @@ def check_choices(choices: list[str]) -> None:
         raise ValueError("the choices are no list of texts")
     if not 2 <= len(choices) <= MOST_CHOICES:
         raise ValueError(f"{len(choices)} choice(s); a question needs two, and at most {MOST_CHOICES}")
-    if max(map(len, choices)) > LONGEST_TEXT:
-        raise ValueError(f"a choice has more than {LONGEST_TEXT} characters")
+    characters = sum(map(len, choices))
+    if characters > LONGEST_TEXT:
+        raise ValueError(f"the choices have {characters} characters, more than {LONGEST_TEXT}")
 
 
 def right_choice(answer: str | None, choices: list[str]) -> str | None:
@@ -210,6 +212,15 @@ def right_choice(answer: str | None, choices: list[str]) -> str | None:
         if choice.strip() == answer.strip():
             return choice
     raise ValueError(f"answer {answer!r:.80} is none of the choices")
+
+
+def questions_hash(questions: list[Question]) -> str:
+    """Another one where a text, a choice, an answer or a clip's name is."""
+    rows = []
+    for question in questions:
+        clip = os.path.basename(question.audio or "")
+        rows.append([question.id, question.question, question.choices, question.answer, clip])
+    return sha256(json.dumps(rows).encode())
 
 
 # -------------------------------------------------------------------------------------------------- formats
@@ -347,6 +358,8 @@ def find_clip(name: str, folder: Path) -> str:
     -HG3Omg_89c_30).
     """
     if not isinstance(name, str) or "\0" in name or PurePosixPath(name).name in ("", ".."):
+        raise ValueError(f"{name!r:.80} is no clip name")
+    if len(name) > LONGEST_NAME:
         raise ValueError(f"{name!r:.80} is no clip name")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
@@ -528,6 +541,10 @@ def load_questions(config: Namespace, check: Check) -> Loaded:
         questions, seconds = usable_questions(config.eval_data, config.eval_audio_dir, config, check)
         held_out = in_order_of_ids(questions)[:MOST_EVALUATED]
         longest = max(longest, seconds)
+        learned = {question.id for file in files for question in file}
+        both = sum(question.id in learned for question in held_out)
+        if both:
+            log.warning("%s: %d of its %d are learned from as well", config.eval_data, both, len(held_out))
     return Loaded(files, held_out, longest)
 
 

@@ -10,6 +10,8 @@ not be answered (P.meta lists them). Batches are formed from the whole sorted li
 neither this nor the number of processes can change an answer; their size, which in bfloat16 can, is recorded.
 """
 
+import fsdp  # isort: skip  (before torch: it sets what torch reads when it is imported)
+
 import argparse
 import base64
 import io
@@ -33,18 +35,25 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import fsdp
 import predictions
 from chat import ChatClient, Refused, Unreachable
-from data import PROMPTS, Question, check_clips, load_audio, prompt_text, read_questions
-from files import InputError, one_writer, write_text
+from data import (
+    PROMPTS,
+    Question,
+    check_clips,
+    load_audio,
+    prompt_text,
+    questions_hash,
+    read_questions,
+)
+from files import InputError, one_writer, sha256, write_text
 from lora import load_adapter
 from model import AudioLM, Prompt, PromptEncoder, load_model
 from predictions import Answers, Key, Row
 from report import report
 from reward import final_answer, string_match
 from scores import compare, summary_lines
-from weights import find_model
+from weights import checkpoint_hash, find_model
 
 log = logging.getLogger("omni_r1")
 
@@ -186,15 +195,23 @@ class Evaluation:
             self.about[name] = getattr(args, name)
         self.about["questions"] = len(self.questions)
         self.about["bench"] = predictions.bench_name(self.questions, args.bench)
-        hashes = {**hashes, "questions": predictions.questions_hash(self.questions)}
+        hashes = {**hashes, "questions": questions_hash(self.questions)}
         self.about["fingerprint"] = hashes
         before = predictions.read_meta(self.out, self.about)
-        self.done = self.out.exists() and before.get("unanswered") == {}
+        self.done = self.out.exists() and before.get("unanswered") == {} and self.is_as_written(before)
         self.batches = make_batches(self.questions, args)
         self.answers = Answers(self.out, self.about, rank)
         self.refuse_if_many(self.unanswered(known_only=True))
         self.lock = threading.Lock()
         self.right = []  # of each answer since the start, for the progress bar
+
+    def is_as_written(self, before: dict) -> bool:
+        """Whether P.json is what P.meta says. If not, after a kill, the parts will tell; else InputError."""
+        if before.get("sha256") in (None, sha256(self.out.read_bytes())):
+            return True
+        if predictions.parts_of(self.out):
+            return False
+        raise InputError(f"{self.out} is not what was written here: move it and its .meta away")
 
     def unanswered(self, known_only: bool = False) -> dict[int, str]:
         """Question's number -> why it has no answer; `known_only`: where the clip's header tells why."""
@@ -272,12 +289,13 @@ class Evaluation:
                 key = (i, order)
                 texts.append(self.answers.given.get(key, ""))
             said.append(texts)
-        predictions.write(self.out, self.args.data, self.questions, said, self.args.prompt)
+        text = predictions.in_own_form(self.args.data, self.questions, said, self.args.prompt)
         unanswered = {}
         for i, why in sorted(reasons.items()):
             unanswered[self.questions[i].id] = why
             log.warning("unanswered: %s: %s", self.questions[i].id, why)
-        self.write_meta({"unanswered": unanswered})
+        self.write_meta({"unanswered": unanswered, "sha256": sha256(text.encode())})
+        write_text(self.out, text)
         if not unanswered:
             for part in predictions.parts_of(self.out):
                 part.unlink()
@@ -371,6 +389,8 @@ def ask(client: ChatClient, job: Evaluation, asked: Asked, bar: tqdm) -> int:
         try:
             text, usage = client.complete(message(asked, job.args.prompt, samples), **options)
             read = usage["prompt_tokens"]
+            if not text.strip():
+                why = "an empty answer"
         except Refused as error:
             why = str(error)
     job.record([(asked.key, text, why)], bar)
@@ -406,9 +426,9 @@ def split(args: argparse.Namespace) -> list[argparse.Namespace]:
     for name in ("model", "data", "out"):
         if not getattr(args, name):
             raise InputError(f"--{name} is needed (see --help)")
-    for name in ("batch_size", "orders", "max_new_tokens"):
-        if not 1 <= getattr(args, name) < 10**6:
-            raise InputError(f"--{name} {getattr(args, name)}: must be at least 1, and below a million")
+    for name, most in {"batch_size": 10**5, "orders": 1000, "max_new_tokens": 10**5}.items():
+        if not 1 <= getattr(args, name) <= most:
+            raise InputError(f"--{name} {getattr(args, name)}: must be 1 to {most:,}")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: must be at least 0")
     if not 0 <= args.max_bad <= 1:
@@ -461,9 +481,9 @@ def hold(jobs: list[argparse.Namespace], held: ExitStack) -> None:
 def model_hashes(args: argparse.Namespace) -> dict[str, str]:
     hashes = {}
     if not args.url:
-        hashes["model"] = predictions.checkpoint_hash(find_model(args.model))
+        hashes["model"] = checkpoint_hash(find_model(args.model))
     if args.adapter:
-        hashes["adapter"] = predictions.checkpoint_hash(Path(args.adapter))
+        hashes["adapter"] = checkpoint_hash(Path(args.adapter))
     return hashes
 
 
@@ -552,6 +572,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a file's name need not be UTF-8
     args = parse()
     code = 0
     last_words = ""

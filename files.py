@@ -4,13 +4,16 @@ Every other file of the project stands on this one. It knows nothing of question
 """
 
 import fcntl
+import hashlib
 import json
 import os
+import stat
 import time
 from pathlib import Path
 from typing import IO, Any
 
 DEEPEST = 64  # levels of brackets in one JSON value; real rows have 4
+STARTED = time.monotonic()  # the program; importing torch takes seconds of its patience
 
 
 class InputError(Exception):
@@ -20,6 +23,8 @@ class InputError(Exception):
 def read_text(path: Path | str) -> str:
     """The text of a UTF-8 file, with or without a byte order mark. Raises InputError."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"cannot read {path}: not a regular file")  # a FIFO would be waited for
         return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
@@ -54,16 +59,24 @@ def write_text(path: Path | str, text: str) -> None:
     scratch.replace(path)
 
 
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def one_writer(path: Path | str, shared: bool = False, patience: float = 4.0) -> IO:
     """Hold the lock file `path` until the process ends, so that no second run writes to the same place.
 
-    Waits `patience` seconds, since a dying worker may still hold it. `shared` lets other holders in that also
-    asked for a shared hold. Keep what this returns: closing it gives the lock back. Raises InputError that
-    names the holder.
+    Waits `patience` seconds from the program's start, since a dying worker may still hold it. `shared` lets
+    other holders in that also asked for a shared hold. Keep what this returns: closing it gives the lock
+    back. Raises InputError that names the holder, or that `path` is a file of the user's.
     """
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held for the life of the process)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    file = open(handle, "a+", errors="replace")  # noqa: SIM115 (held for the life of the process)
+    file.seek(0)
+    if file.read(8) not in ("", "process "):
+        raise InputError(f"{path} is no lock of ours: move it away")
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    deadline = time.monotonic() + patience
+    deadline = max(STARTED + patience, time.monotonic() + patience / 4)
     while True:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)

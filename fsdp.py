@@ -23,12 +23,30 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from files import InputError, one_writer, parse_json, read_text, write_text
+
+PARENT = os.getppid()  # whose death ends this process; 1 where that is a container's only other process
+
+
+def end_with_parent(parent: int = PARENT) -> None:
+    """Ask Linux to kill this process when its parent dies: a torchrun that was killed leaves no writer."""
+    with contextlib.suppress(OSError, AttributeError):  # elsewhere the lock on --out alone must do
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)  # it died before
+
+
+if "RANK" in os.environ:  # torchrun's; before torch, whose import takes seconds
+    end_with_parent()
+
 # What torch, its allocators and cuBLAS read when they are loaded.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers are forked
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
 # Pinned blocks are rounded up to powers of two unless they are larger than this: 178 GiB instead of 126 for
-# the 7B offloaded from one GPU.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_round_threshold_mb:1")
+# the 7B offloaded from one GPU. It joins what the user has set, under the older name if that is the one.
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF" if "PYTORCH_CUDA_ALLOC_CONF" in os.environ else "PYTORCH_ALLOC_CONF"
+if "pinned_max_round_threshold_mb" not in os.environ.get(ALLOCATOR, ""):
+    os.environ[ALLOCATOR] = f"{os.environ.get(ALLOCATOR, '')},pinned_max_round_threshold_mb:1".strip(",")
 
 import torch
 import torch.distributed as dist
@@ -39,8 +57,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
-
-from files import InputError, one_writer, read_text, write_text
 
 log = logging.getLogger("omni_r1")
 
@@ -55,8 +71,6 @@ def start_processes(minutes: float = 30, replicas: int = 1) -> tuple[int, int, t
     if world % replicas:
         raise InputError(f"--replicas {replicas} does not divide the {world} processes")
     launched = "RANK" in os.environ
-    if launched:
-        end_with_parent()
     device = torch.device("cpu")
     backend = "gloo"
     if torch.accelerator.is_available():
@@ -87,19 +101,11 @@ def be_deterministic() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def end_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies: a torchrun that was killed leaves no writer."""
-    with contextlib.suppress(OSError, AttributeError):  # elsewhere the lock on --out alone must do
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-    if os.getppid() == 1:
-        os._exit(1)  # it died before
-
-
 def ignore_signals(worker: int) -> None:
     """DataLoader workers end with their parent, not with the terminal's Ctrl-C or the scheduler's SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    end_with_parent()
+    end_with_parent(multiprocessing.parent_process().pid)
 
 
 def end_workers() -> None:
@@ -278,18 +284,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The run's finished checkpoints, oldest first."""
-    whole = []
-    for folder in (out / "checkpoints").glob("step-*"):
-        if (folder / "run.json").exists():
-            whole.append(folder)
-    return sorted(whole)
+    """The run's checkpoints, oldest first; a kill leaves half of one under another name."""
+    return sorted((out / "checkpoints").glob("step-*/"))
 
 
 def save_checkpoint(
     out: Path, step: int, tensors: dict[str, Tensor], about: dict, keep: int, files: list[Path]
 ) -> None:
-    """Write checkpoints/step-N beside its name, rename it, remove all but the last `keep`. Collective.
+    """Write checkpoints/step-N beside its name, rename it, keep the last `keep` up to it. Collective.
 
     `tensors` (shards or whole) go through torch.distributed.checkpoint, so any number of processes can load
     them; `about` goes into run.json, with the hash of every file; `files` (log and samples) are copied along.
@@ -321,7 +323,9 @@ def save_checkpoint(
         scratch.rename(folder)
         for path in (folder / "run.json", folder, folder.parent):
             sync(path)
-        for old in checkpoints(out)[:-keep]:
+        everything = checkpoints(out)
+        count = everything.index(folder) + 1  # those behind are damaged: the run went on from before them
+        for old in everything[: max(0, count - keep)] + everything[count:]:
             shutil.rmtree(old)
     dist.barrier()
 
@@ -343,6 +347,8 @@ def newest_intact(out: Path) -> Path | None:
             return folder
         if dist.get_rank() == 0:
             log.warning("%s is damaged (%s): going on from the one before, if any", folder, wrong)
+    if checkpoints(out) and dist.get_rank() == 0:
+        log.warning("%s: no checkpoint is whole: starting over from step 0", out)
     return None
 
 
@@ -350,7 +356,7 @@ def damage(folder: Path) -> str:
     """What in a checkpoint differs from what was written, or nothing. Collective."""
     hashes = hash_files(folder)
     try:
-        about = json.loads(read_text(folder / "run.json"))
+        about = parse_json(read_text(folder / "run.json"))
         sealed = about.pop("sha256")
         written = about["files"]
         if sealed != hash_of(about):
@@ -363,7 +369,7 @@ def damage(folder: Path) -> str:
 
 def hash_files(folder: Path) -> dict[str, str]:
     """name -> SHA-256 of the folder's files but run.json, each on the disk; shared over the processes."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != "run.json")
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != "run.json")
     mine = {}
     for name in names[dist.get_rank() :: dist.get_world_size()]:
         sync(folder / name)

@@ -145,7 +145,7 @@ DONE_KEYS = {
     "answer": int,
     "question_type": str,
 }
-FRUITLESS = 100  # clips without one question: the model cannot do it, and each has five askings to pay
+FRUITLESS = 100  # rejected clips, each paid for five times: one in ten must have given a question by then
 
 
 @dataclass
@@ -164,6 +164,8 @@ def own_rows(path: Path, keys: dict[str, type]) -> Iterator[dict]:
     """
     if not path.exists():
         return
+    if not path.is_file():
+        raise InputError(f"{path} is no regular file")  # a FIFO would be waited for
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             row = as_object(line.decode("utf-8", "replace"))
@@ -175,12 +177,23 @@ def own_rows(path: Path, keys: dict[str, type]) -> Iterator[dict]:
 
 
 def is_half_row(line: bytes, keys: dict[str, type]) -> bool:
-    """Whether a line begins as our rows do, up to the second key."""
-    text = line.decode("utf-8", "ignore")
-    name = text[len('{"id": "') :].split('"')[0]
-    second = list(keys)[1]
-    beginning = f'{{"id": "{name}", "{second}": '
-    return beginning.startswith(text[: len(beginning)])
+    """Whether a line is the beginning of one of our rows: our keys, in order, with their kinds of value."""
+    rest = line.decode("utf-8", "ignore")
+    mark = "{"
+    for name, kind in keys.items():
+        key = f'{mark}"{name}": '
+        if not rest.startswith(key):
+            return key.startswith(rest)
+        rest = rest[len(key) :]
+        mark = ", "
+        try:
+            value, end = json.JSONDecoder().raw_decode(rest)
+        except (ValueError, RecursionError):  # cut within the value
+            return rest[:1] in {str: '"', list: "[", int: ""}[kind]
+        if not isinstance(value, kind):
+            return False
+        rest = rest[end:]
+    return "}".startswith(rest)
 
 
 def mend_end(path: Path) -> None:
@@ -205,8 +218,8 @@ class Ledger:
 
     def __init__(self, args: argparse.Namespace):
         self.out = args.out
-        self.rejected = args.out.with_suffix(".rejected.jsonl")
-        self.summary = args.out.with_suffix(".summary.json")
+        self.rejected = beside(args.out, "rejected.jsonl")
+        self.summary = beside(args.out, "summary.json")
         self.prices = (args.price_in, args.price_out)  # of a million tokens
         self.done_ids = set()
         self.rejected_ids = set()
@@ -227,7 +240,7 @@ class Ledger:
                 before = parse_json(read_text(self.summary))
                 self.tokens_in, self.tokens_out = map(int, before["tokens"])
                 self.retries = int(before["retries"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 raise InputError(f"{self.summary} is damaged or not ours: move it away") from None
 
     @property
@@ -241,6 +254,9 @@ class Ledger:
 
     def total_done(self) -> int:
         return len(self.done_ids) + self.count["done"]
+
+    def total_rejected(self) -> int:
+        return len(self.rejected_ids) + self.count["rejected"]
 
     def record(self, outcome: Outcome) -> None:
         self.count[outcome.kind] += 1
@@ -271,7 +287,7 @@ class Ledger:
         """Totals so far, also written to the summary file."""
         row = {
             "done": self.total_done(),
-            "rejected": len(self.rejected_ids) + self.count["rejected"],
+            "rejected": self.total_rejected(),
             "unreached": self.count["unreached"],
             "retries": self.retries + client.retries,
             "tokens": [self.tokens_in, self.tokens_out],
@@ -280,6 +296,13 @@ class Ledger:
         }
         write_text(self.summary, json.dumps(row, indent=1))
         return row
+
+
+def beside(out: Path, name: str) -> Path:
+    """Q.jsonl -> Q.NAME; any other file -> FILE.NAME, so that no two runs share one."""
+    if out.suffix == ".jsonl":
+        return out.with_suffix(f".{name}")
+    return Path(f"{out}.{name}")
 
 
 def append(path: Path, row: dict) -> None:
@@ -300,7 +323,7 @@ def keep_shortest(path: Path, count: int) -> None:
         lengths.append((len("".join(words)), row["id"]))
     lengths.sort()
     kept = {name for _, name in lengths[:count]}
-    target = path.with_suffix(".shortest.jsonl")
+    target = beside(path, "shortest.jsonl")
     lines = []
     for row in own_rows(path, DONE_KEYS):
         if row["id"] in kept:
@@ -380,8 +403,10 @@ def ask_all(clips: Iterator, client: ChatClient, args: argparse.Namespace, ledge
                 bar.set_postfix(counts, price=ledger.price, refresh=False)
                 if ledger.failed_in_a_row >= args.workers:  # every worker in turn: the server is gone
                     raise Unreachable(ledger.reason)
-                if ledger.count["rejected"] >= FRUITLESS and not ledger.total_done():
-                    raise InputError(f"{FRUITLESS} clips and no question: {ledger.reason}")
+                rejected = ledger.total_rejected()
+                if rejected >= FRUITLESS and 9 * ledger.total_done() < rejected:
+                    done = f"{rejected} clips rejected, {ledger.total_done()} questions"
+                    raise InputError(f"{done}, the last because: {ledger.reason} (see --retry_rejected)")
         finally:
             client.stop.set()
             for future in running:
@@ -416,6 +441,8 @@ def generate(args: argparse.Namespace, captions: Captions) -> None:
     """Ask for every clip that has no question yet."""
     client = ChatClient(args.url, args.model, args.tries, args.timeout)
     ledger = Ledger(args)
+    if args.keep_shortest:
+        collections.deque(own_rows(beside(args.out, "shortest.jsonl"), DONE_KEYS), maxlen=0)
     mend_end(ledger.out)
     mend_end(ledger.rejected)
     if args.retry_rejected:
@@ -426,8 +453,9 @@ def generate(args: argparse.Namespace, captions: Captions) -> None:
     try:
         with tqdm(total=total, initial=total - left, unit="clip", dynamic_ncols=True) as bar:
             ask_all(clips, client, args, ledger, bar)
-        if ledger.total_done():
-            ledger.settle()
+        if ledger.refused and not is_answered(captions, args, ledger):
+            raise InputError(f"the server refuses all that it is asked, the last because: {ledger.reason}")
+        ledger.settle()
     finally:
         print(json.dumps(ledger.state(client)))
     if ledger.count["unreached"]:
@@ -436,6 +464,17 @@ def generate(args: argparse.Namespace, captions: Captions) -> None:
         raise InputError(f"no question came out of {total:,} clips, of the last because: {ledger.reason}")
     if args.keep_shortest:
         keep_shortest(args.out, args.keep_shortest)
+
+
+def is_answered(captions: Captions, args: argparse.Namespace, ledger: Ledger) -> bool:
+    """Whether the server answered anything in this start, or does now, asked for a clip that it knows."""
+    if ledger.count["done"] or ledger.count["rejected"]:
+        return True
+    for name, texts in captions:
+        if name in ledger.done_ids:
+            client = ChatClient(args.url, args.model, args.tries, args.timeout)
+            return ask(client, name, texts, args).kind != "refused"
+    return False
 
 
 def check_options(args: argparse.Namespace) -> None:

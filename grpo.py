@@ -27,9 +27,11 @@ def group_advantages(rewards: Tensor, *, scale: bool = True) -> Tensor:
     `scale=False` leaves out the division by the group's standard deviation (Dr. GRPO).
     """
     centred = rewards - rewards.mean(-1, keepdim=True)
+    are_equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
+    centred = centred.masked_fill(are_equal, 0.0)  # such a group teaches nothing, not even a mean's last bit
     if not scale:
         return centred
-    return centred / (rewards.std(-1, keepdim=True) + 1e-4)  # 1e-4: a group of equal rewards teaches nothing
+    return centred / (rewards.std(-1, keepdim=True) + 1e-4)
 
 
 def kl_divergence(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ def step(
             scored = clock()
             (loss * len(rollout.asked) / count).backward()
             add(metrics, found, len(rollout.asked) / config.updates)
-            taught = how_many_teach(rollout, config.beta)
+            taught = max(how_many_teach(rollout, config.beta), 1e-6)  # where none does, what was scored tells
             add(metrics, {"entropy": entropy, "taught": 1.0}, taught / config.updates)
             add(metrics, {"seconds_score": scored - started})
             add(metrics, {"seconds_update": clock() - scored})
@@ -285,16 +287,11 @@ def loss_length(
         return None
     if config.loss == "dr":
         return config.max_new_tokens
-    counted = 0
-    total = 0
+    lengths = []  # of those that --mask_truncated leaves out too, as in TRL
     for rollout in rollouts:
-        ended = has_ended(rollout.responses, policy.eos)
-        total += ended.numel()
-        for b, group in enumerate(rollout.responses):
-            for g, response in enumerate(group):
-                if ended[b, g] or not config.mask_truncated:
-                    counted += len(response)
-    return max(1.0, policy.average(counted / total))  # over all processes, as the gradient is
+        for group in rollout.responses:
+            lengths += map(len, group)
+    return policy.average(sum(lengths) / len(lengths))
 
 
 # ------------------------------------------------------------------------------------------------ the metrics
@@ -314,12 +311,12 @@ def rollout_metrics(rollout: Rollout, eos: Tensor, prompt: str) -> dict[str, flo
     `official` is the share that the benchmarks' string match finds right, `hedged` the share that names more
     than one choice: a reward that rises without the first, or with the second, is being gamed.
     """
-    spread = rollout.rewards.std(-1)
+    alike = ~rollout.advantages.any(-1)
     cut = ~has_ended(rollout.responses, eos)
     metrics = {
         "reward": rollout.rewards.mean(-1).sum().item(),
-        "reward_std": spread.sum().item(),
-        "frac_reward_zero_std": (spread == 0).sum().item(),
+        "reward_std": rollout.rewards.std(-1).sum().item(),
+        "frac_reward_zero_std": alike.sum().item(),
         "cut_ratio": cut.float().mean(-1).sum().item(),
     }
     for one, responses, texts in zip(rollout.asked, rollout.responses, rollout.texts, strict=True):
@@ -329,6 +326,7 @@ def rollout_metrics(rollout: Rollout, eos: Tensor, prompt: str) -> dict[str, flo
             named = len(named_choices(said, choices))
             found = {
                 "completion_length": len(response),
+                "asked_form": format_reward(text, prompt),
                 "hedged": named > 1,
                 "named_none": named == 0,
                 "official": string_match(one.question.answer, said, choices),

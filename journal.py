@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from files import parse_json, read_text
+from files import InputError, parse_json, read_text, sha256
 
 log = logging.getLogger("omni_r1")
 
@@ -25,7 +25,8 @@ class Journal:
         self.rows = read_log(self.path)
         self.log = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (held for the life of the run)
         self.samples = open(out / "samples.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self.warned = False
+        self.format_weight = settings.get("format_weight", 0.0)
+        self.warned = any(self.drift(count) > DRIFT for count in range(WINDOW, len(self.rows) + 1))
         self.board = tensorboard(out, step)
         self.wandb = start_wandb(wandb_project, out, settings)
 
@@ -39,9 +40,13 @@ class Journal:
                 self.board.add_scalar(name, value, row["step"])
         if self.wandb is not None:
             self.wandb.log(scalars, step=row["step"])
-        if not self.warned and drift(self.rows) > DRIFT:
+        if not self.warned and self.drift(len(self.rows)) > DRIFT:
             self.warned = True
             log.warning("step %d: %s", row["step"], drift_in_words(self.rows))
+
+    def drift(self, count: int) -> float:
+        """See `drift`, of the first `count` rows."""
+        return drift(self.rows[:count], self.format_weight)
 
     def show(self, samples: list[dict]) -> None:
         """Questions of the step with what was said, as they stand in samples.jsonl."""
@@ -79,16 +84,17 @@ def read_log(path: Path) -> list[dict]:
     return rows
 
 
-def drift(rows: list[dict]) -> float:
+def drift(rows: list[dict], format_weight: float = 0.0) -> float:
     """By how much the reward has run away from the official score: their distance now, less that at first.
 
     Averages over the last 20 steps and over the first 10; 0 before there are 20. Only the growth counts, so
-    that a reward of another scale is no alarm by itself.
+    that a constant in the reward is no alarm; nor is what --format_weight pays for the form.
     """
     gaps = []
     for row in rows:
         if "official" in row:
-            gaps.append(row["reward"] - row["official"])
+            for_the_answer = row["reward"] - format_weight * row.get("asked_form", 0.0)
+            gaps.append(for_the_answer - row["official"])
     if len(gaps) < WINDOW:
         return 0.0
     return mean(gaps[-WINDOW:]) - mean(gaps[: WINDOW // 2])
@@ -126,5 +132,9 @@ def start_wandb(project: str, out: Path, settings: dict) -> Any:
         return None
     import wandb
 
-    wandb.init(project=project, name=out.name, id=out.name, resume="allow", config=settings)
+    identity = f"{out.name}-{sha256(str(out.resolve()).encode())}"  # a folder's run, wherever it goes on
+    try:
+        wandb.init(project=project, name=out.name, id=identity, resume="allow", config=settings)
+    except Exception as error:  # no network, no login: before any step is taken
+        raise InputError(f"--wandb {project}: {str(error) or type(error).__name__:.200}") from None
     return wandb

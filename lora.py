@@ -11,7 +11,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -72,19 +71,20 @@ class Pairs:
 class Hearing:
     """What hears is frozen: rollout, reference and policy share what it made of the last clips."""
 
-    def __init__(self, hear: Callable[[list[Prompt]], Tensor]):
-        self.hear = hear
-        self.ids = []
-        self.clips = []
-        self.heard = None
+    def __init__(self, lm: AudioLM):
+        self.hear = lm.hear
+        self.audio = lm.prompts.audio_token_id
+        self.heard = {}  # id of a clip -> (the clip, kept so that no other gets such an id; its embeddings)
 
     def __call__(self, clips: list[Prompt]) -> Tensor:
-        ids = list(map(id, clips))
-        if ids != self.ids:
-            self.heard = self.hear(clips)
-            self.ids = ids
-            self.clips = clips  # kept, so that no other gets such an id
-        return self.heard
+        """All of the clips anew, or none: with shards it is a collective, so ranks must do it together."""
+        if any(id(clip) not in self.heard for clip in clips):
+            counts = [int((clip.input_ids == self.audio).sum()) for clip in clips]
+            pieces = self.hear(clips).split(counts)
+            self.heard = {}
+            for clip, piece in zip(clips, pieces, strict=True):
+                self.heard[id(clip)] = (clip, piece)
+        return torch.cat([self.heard[id(clip)][1] for clip in clips])
 
 
 def attach(lm: AudioLM, rank: int, alpha: float, seed: int = 0) -> Pairs:
@@ -104,7 +104,7 @@ def attach(lm: AudioLM, rank: int, alpha: float, seed: int = 0) -> Pairs:
         linear.lora_B.weight.data.zero_()
         linear.register_forward_hook(pairs)
     lm.merged = pairs.merged
-    lm.hear = Hearing(lm.hear)
+    lm.hear = Hearing(lm)
     return pairs
 
 
@@ -129,10 +129,12 @@ def save_adapter(pairs: Pairs, folder: Path, base: str) -> None:
         "bias": "none",
         "target_modules": TARGET,
     }
+    weights = pair_weights(pairs.lm)
+    check_finite(weights, "the adapter is not saved")
     scratch = folder.with_name(folder.name + ".writing")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    (scratch / WEIGHTS).write_bytes(save(pair_weights(pairs.lm), {"format": "pt"}))
+    (scratch / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))
     (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
@@ -159,6 +161,13 @@ def load_adapter(lm: AudioLM, folder: Path) -> None:
         if saved.shape != weight.shape:
             raise InputError(f"{folder}: {name} is {list(saved.shape)}, the model's {list(weight.shape)}")
         weight.copy_(saved)
+    check_finite(weights, str(folder))
+
+
+def check_finite(weights: dict[str, Tensor], where: str) -> None:
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise InputError(f"{where}: {name} holds NaN or infinity")
 
 
 def check_base(folder: Path, named: str, base: Path) -> None:

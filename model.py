@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 
 from data import Question, load_audio, prompt_text
@@ -43,12 +43,12 @@ from files import InputError
 from weights import (
     FAMILIES,
     OMNI,
-    check_extractor,
     check_weights,
     empty_model,
     find_model,
     first_line,
     read_config,
+    read_extractor,
     read_small_file,
     read_weights,
     save_model,
@@ -88,20 +88,18 @@ class PromptEncoder:
         self.prompt = prompt
         self.family = FAMILIES[config.model_type]
         self.audio_token_id = config.audio_token_id
-        check_extractor(folder, config.audio_config.num_mel_bins)
+        self.extractor = read_extractor(folder, config.audio_config.num_mel_bins)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-            self.extractor = WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
-            words = len(self.tokenizer)
+            largest = max(self.tokenizer.get_vocab().values())
             special = len(self.template("<|im_end|>")) == 1
+            special = special and self.audio_token_id in self.tokenizer.added_tokens_decoder
         except Exception as error:  # whatever a malformed file makes the libraries raise
             why = first_line(error)
-            raise InputError(
-                f"{folder}: no tokenizer or feature extractor that can be read ({why})"
-            ) from None
-        if not special or words > config.text_config.vocab_size:
+            raise InputError(f"{folder}: no tokenizer that can be read ({why})") from None
+        if not special or largest >= config.text_config.vocab_size:
             raise InputError(f"{folder}: the tokenizer is of another model than config.json")
         self.seconds = self.extractor.chunk_length * self.family.windows  # the published processor's maximum
         self.longer_clips = 0
@@ -375,10 +373,8 @@ class AudioLM(nn.Module):
         network = self.model.model
         if self.prompts.family is OMNI:
             return hear_omni(network.audio_tower, clips, self.device)
-        parts = []
-        for clip in clips:
-            parts.append(hear_whisper(network.audio_tower, clip, self.device))
-        return network.multi_modal_projector(torch.cat(parts))
+        heard = hear_whisper(network.audio_tower, clips, self.device)
+        return network.multi_modal_projector(heard)
 
     @torch.no_grad()
     def generate(
@@ -575,35 +571,42 @@ def hear_omni(
 
 def hear_whisper(
     tower: nn.Module,
-    clip: Prompt,
+    clips: list[Prompt],
     device: torch.device,
 ) -> Tensor:
-    """A Whisper encoder on one clip, its windows of 30 s apart: (audio tokens, encoder's size).
+    """A Whisper encoder on clips, their windows of 30 s side by side: (all audio tokens, encoder's size).
 
     transformers' own wants all 3000 frames of a window and masks what lies after the clip; here only the
     frames that an embedding depends on are computed. At 3000 frames the original pads with zeros, as the
-    convolutions do here.
+    convolutions do here. One call of each layer, whatever the clips: with shards it is a collective.
     """
-    features = clip.input_features.to(device)
-    parts = []
-    for start in range(0, clip.frames, WINDOW):
-        frames = min(clip.frames - start, WINDOW)
-        if audio_tokens(frames) == 0:  # 10 or 20 ms after a full window
-            break
-        end = start + min(frames + LOOK_AHEAD, WINDOW)
-        x = features[:, start:end].unsqueeze(0)  # (1, mels, frames and look-ahead)
-        x = x.to(tower.conv1.weight.dtype)
-        x = F.gelu(tower.conv1(x))
-        x = F.gelu(tower.conv2(x))
-        x = x.transpose(1, 2)
-        x = x[:, : (frames - 1) // 2 + 1]
-        positions = tower.embed_positions.weight[: x.shape[1]]
-        x = (x + positions).to(x.dtype)
-        for layer in tower.layers:
-            x = layer(x, attention_mask=None)
-        x = tower.avg_pooler(x.transpose(1, 2))
-        x = tower.layer_norm(x.transpose(1, 2))
-        parts.append(x[0])
+    windows = []
+    lengths = []  # embeddings of each, before every two are averaged
+    for clip in clips:
+        for start in range(0, clip.frames, WINDOW):
+            frames = min(clip.frames - start, WINDOW)
+            if audio_tokens(frames) == 0:  # 10 or 20 ms after a full window
+                break
+            end = start + min(frames + LOOK_AHEAD, WINDOW)
+            windows.append(clip.input_features[:, start:end].T)
+            lengths.append((frames - 1) // 2 + 1)
+    x = pad_sequence(windows, batch_first=True).transpose(1, 2)  # (windows, mels, frames)
+    x = x.to(device, tower.conv1.weight.dtype)
+    x = F.gelu(tower.conv1(x))
+    x = F.gelu(tower.conv2(x))
+    x = x.transpose(1, 2)
+    longest = max(lengths)
+    x = x[:, :longest]
+    x = (x + tower.embed_positions.weight[:longest]).to(x.dtype)
+    mask = None
+    if min(lengths) < longest:
+        is_heard = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+        mask = is_heard[:, None, None].expand(-1, 1, longest, -1).to(device)
+    for layer in tower.layers:
+        x = layer(x, attention_mask=mask)
+    x = tower.avg_pooler(x.transpose(1, 2))
+    x = tower.layer_norm(x.transpose(1, 2))
+    parts = [row[: length // 2] for row, length in zip(x, lengths, strict=True)]
     return torch.cat(parts)
 
 
@@ -619,7 +622,7 @@ def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     if not isinstance(named, list):
         named = [named]
     for end in named:
-        if type(end) is not int or end < 0:
+        if type(end) is not int or not 0 <= end < 2**31:
             raise InputError(f"{folder}/generation_config.json: eos_token_id {end!r} is no token's number")
         ends.add(end)
     return torch.tensor(sorted(ends))

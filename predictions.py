@@ -4,19 +4,19 @@ P.json is the benchmark's rows with the keys that its official script reads. P.m
 asked of which model. P.json.part-* hold the answers meanwhile, and for as long as some are missing.
 """
 
-import hashlib
 import json
 import os
 import re
 from pathlib import Path
 
 from data import Question, read_rows
-from files import InputError, parse_json, read_text, write_text
+from files import InputError, parse_json, read_text, sha256
 from reward import final_answer
 
 Key = tuple[int, int]  # (the question's number, the order of its choices: 0 is the published one)
 Row = tuple[Key, str, str | None]  # an answer, or "" and why there is none
 
+UUID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"  # MMAU's own ids
 # Of 16 test-mini questions that MMAU's revision of May 2025 rewrote: the start of the id, then of the SHA-256
 # of the original text and of the revised one. A file's name tells nothing: the published one kept its name.
 MMAU_REWRITTEN = """
@@ -32,33 +32,6 @@ MMAU_KEYS = ["model_output", "model_prediction"]
 
 
 # ------------------------------------------------------------------------------------------- whose they are
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def checkpoint_hash(folder: Path) -> str:
-    """Of a model's files: names, sizes and 64 pieces of 4 KB of each, so that other weights differ too."""
-    pieces = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".json", ".safetensors") or not path.is_file():
-            continue
-        size = path.stat().st_size
-        pieces.append(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for piece in range(64):
-                file.seek(piece * max(0, size - 4096) // 63)
-                pieces.append(file.read(4096))
-    return sha256(b"".join(pieces))
-
-
-def questions_hash(questions: list[Question]) -> str:
-    rows = []
-    for question in questions:
-        clip = os.path.basename(question.audio or "")
-        rows.append([question.id, question.question, question.choices, question.answer, clip])
-    return sha256(json.dumps(rows).encode())
 
 
 def mmau_version(questions: list[Question]) -> str | None:
@@ -94,6 +67,11 @@ def bench_name(questions: list[Question], given: str | None) -> str:
         raise InputError(f"--bench {given}: by their text these questions are {version}")
     if given or version:
         return given or version
+    if any(re.fullmatch(UUID, question.id) for question in questions):
+        raise InputError(
+            "none of these questions tells which version of MMAU they are of: give --bench mmau-mini or "
+            "mmau-mini-v2 (of the full test set: mmau-full or mmau-full-v2)"
+        )
     hidden = all(question.answer is None for question in questions)
     return "mmau-full" if hidden else "mmau-mini"
 
@@ -142,8 +120,9 @@ def read_meta(out: Path, about: dict) -> dict:
 def parts_of(out: Path) -> list[Path]:
     parts = []
     for name in sorted(os.listdir(out.parent)):
-        if name.startswith(f"{out.name}.part-"):
-            parts.append(out.parent / name)
+        path = out.parent / name
+        if re.fullmatch(rf"{re.escape(out.name)}\.part-\d+", name) and path.is_file():
+            parts.append(path)
     return parts
 
 
@@ -175,7 +154,7 @@ class Answers:
             try:
                 i, order, text, why = parse_json(line)
                 self.add((int(i), int(order)), str(text), why)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):
                 continue
 
     def add(self, key: Key, text: str, why: str | None) -> None:
@@ -201,7 +180,7 @@ class Answers:
 # ----------------------------------------------------------------------------------------------------- P.json
 
 
-def write(out: Path, data: str, questions: list[Question], said: list[list[str]], prompt: str) -> None:
+def in_own_form(data: str, questions: list[Question], said: list[list[str]], prompt: str) -> str:
     """The rows of the file `data`, in its order, plus the keys that its official script reads.
 
     said: each question's answers, one an order. The keys hold the final answer; where it stood in more text
@@ -210,7 +189,10 @@ def write(out: Path, data: str, questions: list[Question], said: list[list[str]]
     rows, is_lines = read_rows(data)
     form = questions[0].meta["format"]
     for question, texts in zip(questions, said, strict=True):
-        row = rows[question.meta["row"]]
+        place = question.meta["row"]
+        if place >= len(rows) or rows[place] != question.meta["source"]:
+            raise InputError(f"{data} was changed meanwhile: put it back, and the same command goes on")
+        row = rows[place]
         final = [final_answer(text, prompt) for text in texts]
         if not row.keys() & {"id", "uniq_id"}:
             row["id"] = question.id  # made from the row as it came
@@ -222,10 +204,8 @@ def write(out: Path, data: str, questions: list[Question], said: list[list[str]]
             row["order_predictions"] = final
     rows = [row for row in rows if row is not None]
     if is_lines and form not in ("mmau", "mmar"):  # whose scripts read a list, even if lines are published
-        text = "".join(readable_json(row) + "\n" for row in rows)
-    else:
-        text = readable_json(rows, indent=1)
-    write_text(out, text)
+        return "".join(readable_json(row) + "\n" for row in rows)
+    return readable_json(rows, indent=1)
 
 
 def readable_json(value: object, indent: int | None = None) -> str:

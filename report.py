@@ -141,9 +141,8 @@ def find_results(folder: Path) -> list[Result]:
         run = path.stem
         if path.parent.name == "eval":
             run = path.parent.parent.name
-            bench = path.stem.rpartition(".")[0] or bench
         if (run, bench, audio) in taken:
-            run = str(path.relative_to(folder).with_suffix(""))
+            run = str(path.relative_to(folder))
         taken.add((run, bench, audio))
         status = ""
         questions = []
@@ -346,7 +345,11 @@ def fill_cards(results: list[Result]) -> None:
         if result.path.parent.name == "eval" and card.is_file():
             cards.setdefault(card, []).append(result)
     for card, own in cards.items():
-        head, mark, rest = read_text(card).partition(SCORES_HERE)
+        try:
+            head, mark, rest = read_text(card).partition(SCORES_HERE)
+        except InputError as error:
+            log.warning("no scores into it: %s", error)
+            continue
         lines = rest.split("\n")
         while lines and (not lines[0] or lines[0].startswith("|")):
             lines.pop(0)
@@ -360,7 +363,7 @@ def page(data: dict[str, Any]) -> str:
     _, end, after = rest.partition("</script>")
     if not end:
         raise InputError(f"{TEMPLATE} has lost its slot for the data: {SLOT}…</script>")
-    finite = parse_json(json.dumps(data))  # a sample's 1e999 is None then: infinity is no JSON
+    finite = json.loads(json.dumps(data), parse_constant=lambda name: None)  # 1e999, infinity: no JSON
     text = json.dumps(finite, separators=(",", ":"))  # in ASCII, so U+2028 and half characters are escaped
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")

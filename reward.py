@@ -22,26 +22,34 @@ FORMS = {
 }
 
 
+LARGEST = 1e6  # of a reward: beyond, fp32 advantages lose their digits
+
+
+class RewardError(InputError):
+    """The user's own reward failed: on one response, so in one process alone."""
+
+
 def accuracy_reward(response: str, answer: str, choices: list[str]) -> float:
     """Eq. 2: 1.0 if the response names the right answer and no wrong choice, else 0.0; nothing else."""
     named = named_choices(response, [*choices, answer])
-    return float(named == [normalize(answer)])
+    return float(named == [bare(answer)])
 
 
 def contains_reward(response: str, answer: str, choices: list[str]) -> float:
     """Eq. 2 to the letter: 1.0 if the response contains the right answer, whatever else it names."""
     named = named_choices(response, [*choices, answer])
-    return float(normalize(answer) in named)
+    return float(bare(answer) in named)
 
 
 def named_choices(response: str, choices: list[str]) -> list[str]:
-    """The distinct choices that stand in the response, normalized, the longest first.
+    """The distinct choices that stand in the response, as `bare` texts, the longest first.
 
-    Case and white space do not matter; a choice inside a longer word, or inside a longer choice that stands
-    there, does not count: "Man and dog" does not name "Man", "Man and dog, or man" names both.
+    Case, white space and a choice's own full stop do not matter; a choice inside a longer word, or inside a
+    longer choice that stands there, does not count: "Man and dog" does not name "Man", "Man and dog, or man"
+    names both.
     """
     response = normalize(response)
-    distinct = {normalize(choice) for choice in choices}
+    distinct = {bare(choice) for choice in choices}
     distinct.discard("")
     named = []
     for choice in sorted(sorted(distinct), key=len, reverse=True):
@@ -56,6 +64,11 @@ def named_choices(response: str, choices: list[str]) -> list[str]:
 
 def normalize(text: str) -> str:
     return " ".join(text.casefold().split())
+
+
+def bare(choice: str) -> str:
+    """What is looked for in a response: "Yes." is named by "yes", "Yes, it is" and "yes!" alike."""
+    return normalize(choice).rstrip(".!?,;: ")
 
 
 def whole_words(text: str) -> re.Pattern:
@@ -99,10 +112,11 @@ def wilson(right: float, total: int) -> tuple[float, float]:
 
 def final_answer(text: str, prompt: str) -> str:
     """What the last <answer> tags hold where `prompt` asks for them; the whole text else, or without tags."""
-    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    if prompt not in FORMS or not tagged:
+    before, _, _ = text.rpartition("</answer>")
+    _, start, answer = before.rpartition("<answer>")
+    if prompt not in FORMS or not start:
         return text
-    return tagged[-1].strip()
+    return answer.partition("</answer>")[0].strip()
 
 
 def format_reward(text: str, prompt: str) -> float:
@@ -119,7 +133,7 @@ def format_reward(text: str, prompt: str) -> float:
 def find_reward(name: str) -> Callable[[str, str, list[str]], float]:
     """--reward exact, contains or FILE.py:function -> a callable with accuracy_reward's signature.
 
-    Raises InputError if there is no such function, and later if it fails or gives no finite number.
+    Raises InputError if there is no such function, and RewardError later if it fails or gives no number.
     """
     if name == "exact":
         return accuracy_reward
@@ -143,9 +157,9 @@ def find_reward(name: str) -> Callable[[str, str, list[str]], float]:
             value = float(function(response, answer, choices))
         except Exception as error:
             wrong = f"--reward {name} failed on {response!r:.200}: {error!r}"
-            raise InputError(wrong) from None
-        if not math.isfinite(value):
-            raise InputError(f"--reward {name} gave {value} for {response!r:.200}")
+            raise RewardError(wrong) from None
+        if not abs(value) < LARGEST:
+            raise RewardError(f"--reward {name} gave {value} for {response!r:.200}")
         return value
 
     return reward

@@ -17,7 +17,8 @@ from reward import string_match, wilson
 
 # The columns that the formats' own scripts group by
 GROUPS = ["task", "modality", "task_name", "difficulty", "category", "sub-category", "length_type"]
-GROUPS += ["question_type", "source_dataset", "dataset_name", "audio-contribution"]
+GROUPS += ["question_type", "source_dataset", "dataset_name", "audio-contribution", "sub-sub-category"]
+GROUPS += ["linguistics_sub_discipline", "perceptual_skills", "reasoning_skills"]
 ANSWER_KEYS = ["answer_prediction", "model_prediction", "model_output"]  # the first that a row has counts
 
 Accuracy = tuple[float, float, float, int]  # share, its interval's low and high end, number of questions

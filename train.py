@@ -14,7 +14,6 @@ number.
 import fsdp  # isort: skip  (before torch: it sets what torch reads when it is imported)
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import logging
@@ -47,13 +46,14 @@ from data import (
     check_clips,
     load_questions,
     prompt_text,
+    questions_hash,
 )
-from files import InputError, read_text, write_text
+from files import InputError, parse_json, read_text, sha256, write_text
 from journal import Journal
 from model import empty_lm, load_weights
 from plan import choose_plan, plan_line, print_plan
-from reward import final_answer, find_reward, string_match, wilson
-from weights import empty_model, find_model
+from reward import RewardError, final_answer, find_reward, string_match, wilson
+from weights import checkpoint_hash, find_model
 
 log = logging.getLogger("omni_r1")
 
@@ -63,6 +63,9 @@ FREE += " save_every keep save_model_every model_only samples wandb max_bad plan
 FREE += " gpu_memory gpu save_merged"
 AT_LEAST_ONE = "steps batch max_new_tokens save_every keep replicas updates eval_every"
 AT_LEAST_ZERO = "accumulation questions_per_pass hold_out save_model_every samples workers seed lora"
+AT_LEAST_ZERO += " world_size"
+MOST = {"steps": 10**7, "batch": 10**6, "group_size": 4096, "max_new_tokens": 10**5, "updates": 1000}
+MOST |= {"workers": 256, "timeout": 10**5, "lora": lora.MOST_RANK, "world_size": 10**6}
 AUTO = ["auto", "on", "off"]
 
 
@@ -112,7 +115,7 @@ def add_data_options(group: argparse._ArgumentGroup) -> None:
         default=0,
         help="so many questions are kept from training, chosen by their id, and scored meanwhile",
     )
-    add("--eval_data", default="", help="a question file that is scored meanwhile instead")
+    add("--eval_data", default="", help="a question file that is scored meanwhile instead, 200 of it at most")
     add("--eval_audio_dir", default=None, help="folder of its clips (None: beside the file)")
     add("--eval_every", type=int, default=300, help="steps between held-out scores")
     add("--max_bad", type=float, default=0.1, help="share of bad rows or clips that stops the run")
@@ -218,15 +221,20 @@ def check_arguments(config: argparse.Namespace) -> None:
     for name in ("temperature", "lr", "max_grad_norm", "timeout", "lora_alpha"):
         if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"--{name} {getattr(config, name)}: must be a number above 0")
-    for name in ("beta", "format_weight", "max_bad"):
+    for name in ("beta", "format_weight", "max_bad", "gpu_memory"):
         if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"--{name} {getattr(config, name)}: must be a number of at least 0")
+    for name, most in MOST.items():
+        if getattr(config, name) > most:
+            raise InputError(f"--{name} {getattr(config, name)}: at most {most:,}")
+    if config.format_weight and config.prompt == "direct":
+        raise InputError("--format_weight: --prompt direct asks for no form; give --prompt answer or think")
     if config.group_size < 2:
         raise InputError(f"--group_size {config.group_size}: an advantage needs a group of at least 2")
     if not 0 < config.epsilon < 1:
         raise InputError(f"--epsilon {config.epsilon}: must lie between 0 and 1")
-    if config.epsilon_high is not None and not 0 < config.epsilon_high < math.inf:
-        raise InputError(f"--epsilon_high {config.epsilon_high}: must be a number above 0")
+    if config.epsilon_high is not None and not 0 < config.epsilon_high < 100:
+        raise InputError(f"--epsilon_high {config.epsilon_high}: must lie between 0 and 100")
     files = len(config.data)
     if len(config.audio_dir) not in (1, files):
         raise InputError(f"--audio_dir: {len(config.audio_dir)} folders for {files} files; give 1 or {files}")
@@ -270,15 +278,18 @@ class Run:
         self.make_optimizer()
         self.step = 0
         self.bad_clips = 0
-        self.questions = Questions(loaded.files, self.policy.encode, config, rank, world)
-        self.fingerprint = fingerprint(config, loaded.files, self.dtype)
+        self.questions = Questions(loaded.files, self.policy.prompts.encode, config, rank, world)
+        self.fingerprint = settings(config, loaded)
+        self.fingerprint["dtype"] = str(self.dtype).removeprefix("torch.")
+        self.fingerprint["weights"] = checkpoint_hash(find_model(config.model))
 
     def load_models(self, longest_clip: float) -> None:
         """The policy in fp32 shards, and the reference in the compute dtype; nothing whole in any process."""
         config = self.config
         shape = (config.replicas, self.world // config.replicas)
-        model = empty_model(find_model(config.model), self.hears)
-        self.plan = choose_plan(model, shape[1], self.dtype, config, self.device, longest_clip)
+        self.policy = empty_lm(config.model, torch.float32, self.hears, config.prompt)
+        longest = min(longest_clip, self.policy.prompts.seconds)  # what is longer is cut
+        self.plan = choose_plan(self.policy.model, shape[1], self.dtype, config, self.device, longest)
         self.layout = self.plan.layout
         if self.rank == 0:
             log.info(plan_line(self.plan))
@@ -294,7 +305,6 @@ class Run:
         if config.lora:
             self.load_frozen(mesh, layout)
             return
-        self.policy = empty_lm(config.model, torch.float32, self.hears, config.prompt)
         if self.layout.checkpointing:
             fsdp.checkpoint_activations(self.policy)
         if self.world > 1 or self.dtype != torch.float32 or offload:
@@ -370,8 +380,7 @@ class Run:
             row[name] = sum(part[name] for part in parts) / self.config.batch
             if name.startswith("seconds"):  # of a process, not of a question
                 row[name] *= self.config.batch / self.world
-        taught = row.pop("taught")  # the share of the questions whose responses were scored
-        row["entropy"] /= max(taught, 1 / self.config.batch)
+        row["entropy"] /= row.pop("taught")  # the share of the questions whose responses were scored
         row["grad_norm"] = self.grad_norm
         row["learning_rate"] = rate
         row["peak_memory_mb"] = peak_memory_mb(self.device)
@@ -522,7 +531,7 @@ class Run:
             needed = f"{need / 2**30:.1f} GiB for --keep {self.config.keep} checkpoints and the model"
             raise InputError(f"{out}: {free / 2**30:.1f} GiB free of {needed}")
         if found:
-            about = json.loads(read_text(found / "run.json"))
+            about = parse_json(read_text(found / "run.json"))
             refuse_changes(out, about["run"], self.fingerprint)
             fsdp.load_checkpoint(found, self.state())
             self.step = about["step"]
@@ -566,22 +575,18 @@ def sample_row(one: Asked, rollout: grpo.Rollout, b: int) -> dict:
     }
 
 
-def settings(config: argparse.Namespace) -> dict:
-    """The options that decide what a run computes."""
+def settings(config: argparse.Namespace, loaded: Loaded) -> dict:
+    """The options that decide what a run computes, and what stands in the files that they name."""
     decisive = {}
     for name, value in vars(config).items():
         if name not in FREE.split():
             decisive[name] = value
-    return decisive
-
-
-def fingerprint(config: argparse.Namespace, files: list[list[Question]], dtype: torch.dtype) -> dict:
-    """All that decides what a run computes: a run goes on only where this is the same."""
-    ids = json.dumps([[question.id for question in file] for file in files])
-    print_of_ids = hashlib.sha256(ids.encode()).hexdigest()[:12]
-    decisive = settings(config)
-    decisive["dtype"] = str(dtype).removeprefix("torch.")
-    decisive["questions"] = f"{sum(map(len, files))}, {print_of_ids}"
+    decisive["questions"] = []
+    for questions in [*loaded.files, loaded.held_out]:
+        decisive["questions"].append(f"{len(questions)}, {questions_hash(questions)}")
+    file, _, _ = config.reward.rpartition(":")
+    if Path(file).is_file():
+        decisive["reward"] += f" {sha256(Path(file).read_bytes())}"
     return decisive
 
 
@@ -614,16 +619,20 @@ def check_clips_together(clips: list[str]) -> dict[str, str | float]:
     return found
 
 
-def is_finished(config: argparse.Namespace) -> bool:
+def is_finished(config: argparse.Namespace, now: dict) -> bool:
     """Whether --out holds a finished run of the same settings. InputError if it is of others."""
     out = Path(config.out)
-    if not (out / "model").exists() and not (out / "adapter").exists():
+    there = [name for name in ("model", "adapter", "log.jsonl", "samples.jsonl") if (out / name).exists()]
+    if not there:
         return False
     try:
-        then = json.loads(read_text(out / "config.json"))
-    except (InputError, ValueError):
-        raise InputError(f"{out} has a model, but is no run of this program's; take another --out") from None
-    refuse_changes(out, then, settings(config))
+        then = parse_json(read_text(out / "config.json"))
+        then["settings"].keys()
+    except (InputError, ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{out}/{there[0]} is of no run of this program's; take another --out") from None
+    if there[0] not in ("model", "adapter"):
+        return False
+    refuse_changes(out, then["settings"], now)
     if not result(config).exists():
         return False
     if dist.get_rank() == 0:
@@ -650,9 +659,9 @@ def train(config: argparse.Namespace) -> int:
         return explain(config, device)
     out = Path(config.out)
     held = fsdp.hold(out)
-    if is_finished(config):
-        return 0
     loaded = load_questions(config, check_clips_together)
+    if is_finished(config, settings(config, loaded)):
+        return 0
     run = Run(config, rank, world, device, loaded)
     run.resume()
     stop = fsdp.Stop()
@@ -660,8 +669,9 @@ def train(config: argparse.Namespace) -> int:
         signal.signal(number, stop)
     journal = None
     if rank == 0:
-        write_text(out / "config.json", json.dumps(vars(config), indent=1))
-        log.info("settings: %s", settings(config))
+        kept = {**vars(config), "settings": settings(config, loaded)}
+        write_text(out / "config.json", json.dumps(kept, indent=1))
+        log.info("settings: %s", run.fingerprint)
         journal = Journal(out, run.step, vars(config), config.wandb)
     code = learn(run, journal, stop)
     if rank == 0:
@@ -673,7 +683,7 @@ def train(config: argparse.Namespace) -> int:
 def learn(run: Run, journal: Journal | None, stop: fsdp.Stop) -> int:
     """Step after step until the last, or until a signal. Returns the exit code."""
     config = run.config
-    saved = run.step
+    last_saved = run.step
     if run.step == 0:
         score(run, journal)
     progress = tqdm(
@@ -688,10 +698,11 @@ def learn(run: Run, journal: Journal | None, stop: fsdp.Stop) -> int:
         signals = fsdp.gather_objects(stop.signal)
         if any(signals):
             progress.close()
-            if run.step > saved:
+            if run.step > last_saved:
                 run.save()
             if run.rank == 0:
-                print(f"stopped by a signal; step {run.step} is saved, the same command goes on from there")
+                where = f"step {run.step} is saved" if run.step else "no step was taken"
+                print(f"stopped by a signal; {where}, the same command goes on from there")
             return 128 + max(signals)
         started = time.perf_counter()
         asked = next(batches)
@@ -712,12 +723,15 @@ def learn(run: Run, journal: Journal | None, stop: fsdp.Stop) -> int:
             run.save_model(f"-step-{run.step}")
         if run.step % config.save_every == 0 and not last:
             run.save()
-            saved = run.step
+            last_saved = run.step
     progress.close()
     run.save_model()
     if run.rank == 0:
+        saved = result(config)
+        for path in [*saved.iterdir(), saved, saved.parent]:
+            fsdp.sync(path)  # the disk has it before the checkpoints go
         shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
-        print(f"saved {result(config)}")
+        print(f"saved {saved}")
     return 0
 
 
@@ -755,7 +769,7 @@ def explain(config: argparse.Namespace, device: torch.device) -> int:
         reward = rollout.rewards[0, g]
         advantage = rollout.advantages[0, g]
         print(f"answer {g + 1}  {rollout.texts[0][g]!r}")
-        print(f"          reward {reward:.0f} (Eq. 2), advantage {advantage:+.2f} (Eq. 1)")
+        print(f"          reward {reward:g} (Eq. 2), advantage {advantage:+.2f} (Eq. 1)")
         for t, token in enumerate(response):
             text = run.policy.prompts.tokenizer.decode([token])
             print(f"          {text!r:20} log-prob {logps[g, t]:8.4f}")
@@ -766,11 +780,13 @@ def explain(config: argparse.Namespace, device: torch.device) -> int:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a file's name need not be UTF-8
     first = int(os.environ.get("RANK", 0)) == 0
     try:
         code = train(parse())
     except (InputError, OSError) as error:  # OSError: a full disk, a read-only folder
-        if first or isinstance(error, OSError):
+        if first or isinstance(error, OSError | RewardError):  # of one process alone
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
     except RuntimeError as error:

@@ -28,10 +28,11 @@ from transformers import (
     PreTrainedConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2AudioForConditionalGeneration,
+    WhisperFeatureExtractor,
     logging,
 )
 
-from files import InputError, parse_json, read_text
+from files import InputError, parse_json, read_text, sha256
 
 logging.set_verbosity_error()  # the hub's own Qwen2.5-Omni config draws a page of warnings
 
@@ -161,6 +162,21 @@ def file_of(folder: Path, name: Any) -> Path:
     return folder / name
 
 
+def checkpoint_hash(folder: Path) -> str:
+    """Of a model's files: names, sizes and 64 pieces of 4 KB of each, so that other weights differ too."""
+    pieces = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".json", ".safetensors") or not path.is_file():
+            continue
+        size = path.stat().st_size
+        pieces.append(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for piece in range(64):
+                file.seek(piece * max(0, size - 4096) // 63)
+                pieces.append(file.read(4096))
+    return sha256(b"".join(pieces))
+
+
 def read_small_file(folder: Path, name: str) -> dict[str, Any]:
     """A JSON file of the checkpoint, {} where it is absent. Raises InputError if it holds no JSON object."""
     if not os.path.lexists(folder / name):
@@ -190,13 +206,20 @@ def read_config(folder: Path) -> PreTrainedConfig:
         text = config.text_config
         sizes = (text.vocab_size, config.audio_config.num_mel_bins, config.audio_token_id)
         half = text.hidden_size // text.num_attention_heads // 2
-        sections = text.rope_parameters.get("mrope_section")
+        sections = text.rope_parameters.get("mrope_section", [half])
+        adds_up = sum(sections) == half and min(sections) > 0 and set(map(type, sections)) == {int}
+        full = set(text.layer_types) == {"full_attention"}
+        sane = full and 0 < text.rms_norm_eps < 1
     except Exception as error:  # whatever a malformed file makes the library raise
         raise InputError(f"{folder}/config.json cannot be read: {first_line(error)}") from None
     if not all(type(size) is int and size > 0 for size in sizes) or sizes[2] >= sizes[0]:
         raise InputError(f"{folder}/config.json: vocab_size, num_mel_bins or audio_token_id makes no sense")
-    if sections and sum(sections) != half:
+    if not adds_up:
         raise InputError(f"{folder}/config.json: mrope_section {sections} does not make up half of a head")
+    if not sane:
+        raise InputError(
+            f"{folder}/config.json: layer_types or rms_norm_eps is of no model that is read here"
+        )
     return config
 
 
@@ -209,19 +232,20 @@ def check_sizes(config: dict[str, Any], folder: Path) -> None:
             raise InputError(f"{folder}/config.json: {key} is {value!r}, not between 1 and {MOST[key]}")
 
 
-def check_extractor(folder: Path, mels: int) -> None:
-    """Refuse a feature extractor of other numbers than Whisper's, before its tables are made."""
+def read_extractor(folder: Path, mels: int) -> WhisperFeatureExtractor:
+    """Whisper's feature extractor; InputError where the checkpoint's is of other numbers."""
     values = read_small_file(folder, "preprocessor_config.json")
     values = values or read_small_file(folder, "processor_config.json").get("feature_extractor")
     if not values or not isinstance(values, dict):
         raise InputError(f"{folder} has no preprocessor_config.json with a feature extractor")
-    published = {"feature_size": mels, "sampling_rate": 16_000, "hop_length": 160, "n_fft": 400}
+    published = {"feature_size": mels, "sampling_rate": 16_000, "hop_length": 160, "n_fft": 400, "dither": 0}
     for key, value in published.items():
         if values.get(key, value) != value:
             raise InputError(f"{folder}: the feature extractor's {key} is {values[key]!r}, not {value}")
     seconds = values.get("chunk_length", 30)
     if type(seconds) is not int or not 1 <= seconds <= 3600:
         raise InputError(f"{folder}: the feature extractor's chunk_length is {seconds!r}, not 1 to 3600 s")
+    return WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds)
 
 
 # ---------------------------------------------------------------------------------------- files to parameters

@@ -359,7 +359,7 @@ HOSTILE_ROWS = {  # what is wrong with a row -> (the row, words of the reason)
     "no choices": (MMAU | {"choices": []}, "needs two"),
     "65 choices": (MMAU | {"choices": ["Man"] * 65}, "at most 64"),
     "100,000 choices": (MMAU | {"choices": ["Man"] * 100_000}, "at most 64"),
-    "choice of 1 MB": (MMAU | {"choices": ["Man", "a" * 1_000_000]}, "20000 characters"),
+    "choice of 1 MB": (MMAU | {"choices": ["Man", "a" * 1_000_000]}, "the choices have"),
     "answer outside": (MMAU | {"answer": "Dog" * 999}, "none of the choices"),
     "question of 100 kB": (MMAU | {"question": "a" * 100_000}, "characters"),
     "no question": (MMAU | {"question": None}, "empty"),

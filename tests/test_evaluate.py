@@ -286,6 +286,16 @@ def test_one_writer(world, few, tmp_path, monkeypatch):
     assert not (tmp_path / "p.meta").exists()
 
 
+def test_predictions_that_another_has_changed_are_not_ours(world, few, tmp_path):
+    again = options(world, tmp_path / "p.json", **few)
+    evaluate(*again)
+    text = (tmp_path / "p.json").read_text()
+    (tmp_path / "p.json").write_text(text.replace("model_output", "answer"))
+    refused(*again, says="not what was written here")
+    (tmp_path / "p.json").write_text(text)
+    evaluate(*again)
+
+
 def test_a_model_of_nan_and_a_dead_loader_end_in_one_line(world, few, tmp_path, monkeypatch):
     shutil.copytree(world / "model", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
@@ -354,6 +364,8 @@ def test_mmaus_version_is_told_by_its_questions():
             bench_name(questions, other)
     with pytest.raises(InputError, match="neither"):
         bench_name(original[:500] + revised[500:], None)
+    with pytest.raises(InputError, match="give --bench mmau-mini or"):
+        bench_name(revised[100:300], None)
 
 
 # ------------------------------------------------------------------------------------------- behind an endpoint
@@ -377,6 +389,16 @@ def test_a_server_that_does_not_hear_is_named(world, few, tmp_path):
     with served(hears=False) as server:
         done = evaluate(*options(world, tmp_path / "p.json", **few, url=server.url, model="gpt"))
     assert "does it hear?" in done.stderr
+
+
+def test_empty_answers_are_none(world, few, tmp_path):
+    with served() as server:
+        server.always = (200, {"choices": [{"message": {"content": None}}], "usage": {}}, {})
+        again = options(world, tmp_path / "p.json", **few, url=server.url, model="gpt")
+        refused(*again, says="24 of 24 questions have no answer")
+        server.always = None
+        evaluate(*again)
+    assert json.loads((tmp_path / "p.meta").read_text())["unanswered"] == {}
 
 
 def test_a_server_that_refuses_gives_no_result_and_costs_no_answer_twice(world, few, tmp_path):

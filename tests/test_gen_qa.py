@@ -338,6 +338,8 @@ FOREIGN = {
     "a JSON row without an end": '{"id": "a", "mine": 1}',
     "half of a JSON row": '{"id": "a", "mi',
     "half a row after a foreign one": '{"a": 1}\n{"id": "b',
+    "half a row of other keys after our first": '{"id": "a", "video_name": "a", "my_field": "Q',
+    "a whole row of other keys without an end": '{"id": "a", "video_name": "a", "question_text": "?", "mine": 1}',
 }  # fmt: skip
 
 
@@ -535,10 +537,34 @@ def test_a_clip_that_is_refused_among_others_is_asked_once_and_rejected(tmp_path
     ]
 
 
+def test_what_is_refused_after_a_restart_is_to_blame_only_if_the_server_answers_at_all(
+    tmp_path, serve, monkeypatch, capsys
+):
+    server = serve()
+    out = tmp_path / "q.jsonl"
+    arguments = ["--out", out, "--url", server.url, "--captions"]
+    assert run_here(monkeypatch, capsys, *arguments, write_captions(tmp_path / "a.csv", 3))[0] == 0
+    more = write_captions(tmp_path / "b.csv", 6)
+    server.always = (400, {"error": "no credit"})
+    code, _, said = run_here(monkeypatch, capsys, *arguments, more)
+    assert code == 2 and "no credit" in said and not out.with_suffix(".rejected.jsonl").exists()
+    server.always = None
+    complete = gen_qa.ChatClient.complete
+
+    def picky(client, messages, **options):
+        if any(f"number {i}." in messages[0]["content"] for i in (3, 4, 5)):
+            raise gen_qa.Refused("HTTP 400: not that one")
+        return complete(client, messages, **options)
+
+    monkeypatch.setattr(gen_qa.ChatClient, "complete", picky)
+    assert run_here(monkeypatch, capsys, *arguments, more)[0] == 0
+    assert len(rows(out.with_suffix(".rejected.jsonl"))) == 3
+
+
 def test_no_question_at_all_is_no_success_and_does_not_cost_all_clips(tmp_path, serve, monkeypatch, capsys):
     server = serve(fail=1.0)
     server.ways = ["nonsense"]
-    for count, say in ((4, "no question came out of 4 clips"), (300, "100 clips and no question")):
+    for count, say in ((4, "no question came out of 4 clips"), (300, "clips rejected, 0 questions")):
         out = tmp_path / f"q{count}.jsonl"
         captions = write_captions(tmp_path / "c.csv", count)
         code, _, said = run_here(
@@ -546,6 +572,52 @@ def test_no_question_at_all_is_no_success_and_does_not_cost_all_clips(tmp_path, 
         )
         assert code == 2 and say in said and "no question in the answer" in said
     assert len(server.requests) <= 5 * (4 + 100 + 2 * 16)
+
+
+def test_one_question_among_a_hundred_that_are_none_is_no_success_either(
+    tmp_path, serve, monkeypatch, capsys
+):
+    server = serve()
+    arguments = ["--out", tmp_path / "q.jsonl", "--url", server.url]
+    captions = write_captions(tmp_path / "c.csv", 1)
+    assert run_here(monkeypatch, capsys, "--captions", captions, *arguments)[0] == 0
+    server.fail = 1.0
+    server.ways = ["nonsense"]
+    captions = write_captions(tmp_path / "c.csv", 300)
+    code, _, said = run_here(monkeypatch, capsys, "--captions", captions, *arguments)
+    assert code == 2 and "clips rejected, 1 questions" in said
+
+
+def test_no_file_of_the_users_is_written_over(tmp_path, serve, monkeypatch, capsys):
+    captions = write_captions(tmp_path / "c.csv", 2)
+    url = serve().url
+    for name, written in {"q.shortest.jsonl": "mine", "q.jsonl.lock": "mine"}.items():
+        (tmp_path / name).write_text(written)
+        arguments = [
+            "--captions",
+            captions,
+            "--out",
+            tmp_path / "q.jsonl",
+            "--url",
+            url,
+            "--keep_shortest",
+            1,
+        ]
+        code, _, said = run_here(monkeypatch, capsys, *arguments)
+        assert code == 2 and name in said and (tmp_path / name).read_text() == written
+        (tmp_path / name).unlink()
+    (tmp_path / "q.jsonl.lock").symlink_to(captions)
+    before = captions.read_bytes()
+    assert run_here(monkeypatch, capsys, *arguments)[0] == 2 and captions.read_bytes() == before
+    os.mkfifo(tmp_path / "pipe")
+    arguments[3] = tmp_path / "pipe"
+    code, _, said = run_here(monkeypatch, capsys, *arguments)
+    assert code == 2 and "no regular file" in said
+
+
+def test_two_outputs_of_one_stem_share_nothing(tmp_path):
+    assert gen_qa.beside(tmp_path / "q.jsonl", "rejected.jsonl") == tmp_path / "q.rejected.jsonl"
+    assert gen_qa.beside(tmp_path / "q.json", "rejected.jsonl") == tmp_path / "q.json.rejected.jsonl"
 
 
 def test_a_server_that_is_gone_stops_the_run_and_nothing_is_lost(tmp_path, serve, monkeypatch, capsys):

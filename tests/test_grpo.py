@@ -1,11 +1,12 @@
 """Laws of the equations (Section III-B): vectorised = written out, and what they say about groups."""
 
 import math
+from argparse import Namespace
 
 import pytest
 import torch
 
-from grpo import group_advantages, grpo_loss, kl_divergence
+from grpo import Rollout, group_advantages, grpo_loss, kl_divergence, loss_length
 
 
 def written_out(logps, old_logps, ref_logps, advantages, lengths, epsilon, beta):
@@ -76,7 +77,7 @@ def test_without_beta_no_reference_is_needed():
     assert loss.item() == pytest.approx(0, abs=1e-7) and metrics["kl"] == 0
 
 
-def trl_loss(kind, logps, old_logps, ref_logps, advantages, mask, settings):
+def trl_loss(kind, logps, old_logps, ref_logps, advantages, mask, lengths, settings):
     """GRPOTrainer._compute_loss of TRL 0.24 (trl/trainer/grpo_trainer.py), its branches written out."""
     coef_1 = torch.exp(logps - old_logps)
     coef_2 = torch.clamp(coef_1, 1 - settings["epsilon_low"], 1 + settings["epsilon_high"])
@@ -89,7 +90,8 @@ def trl_loss(kind, logps, old_logps, ref_logps, advantages, mask, settings):
     if kind == "dr_grpo":
         return (per_token_loss * mask).sum() / (per_token_loss.size(0) * settings["max_completion_length"])
     assert kind == "dapo"
-    return (per_token_loss * mask).sum() / mask.sum()  # num_items_in_batch / num_processes, of one process
+    # num_items_in_batch / num_processes, of one process: summed before truncated completions are masked
+    return (per_token_loss * mask).sum() / lengths.sum()
 
 
 @pytest.mark.parametrize("updated", [False, True], ids=["first update", "second update"])
@@ -109,8 +111,8 @@ def test_loss_and_gradient_of_each_variant_are_trls(kind, updated, beta, high, m
         torch.tensor([1.0, 0, 0, 1, 1], dtype=torch.float64), scale=kind != "dr_grpo"
     )
     settings = {"epsilon_low": 0.2, "epsilon_high": high, "beta": beta, "max_completion_length": 16}
-    expected = trl_loss(kind, logps, old, ref, advantages, mask.double(), settings)
-    length = {"grpo": None, "dr_grpo": 16, "dapo": mask.sum().item() / 5}[kind]
+    expected = trl_loss(kind, logps, old, ref, advantages, mask.double(), lengths, settings)
+    length = {"grpo": None, "dr_grpo": 16, "dapo": lengths.sum().item() / 5}[kind]
     loss, metrics = grpo_loss(
         logps, old, ref, advantages, mask, 0.2, beta, epsilon_high=high, length=length
     )  # fmt: skip
@@ -119,6 +121,23 @@ def test_loss_and_gradient_of_each_variant_are_trls(kind, updated, beta, high, m
     (ours,) = torch.autograd.grad(loss, logps)
     assert (ours - theirs).abs().max() <= 1e-12 and theirs.abs().max() > 0
     assert (metrics["clip_ratio"] > 0) == updated
+
+
+def test_all_tokens_of_a_step_divide_the_token_loss():
+    """Those of cut responses as well, whether or not they count in the loss: TRL's num_items_in_batch."""
+    lengths = [[5, 5], [64, 64]]
+    groups = [[torch.zeros(length, dtype=torch.int64) for length in group] for group in lengths]
+    rollouts = [Rollout([None], [group], [], None, None) for group in groups]
+    policy = Namespace(average=float)
+    for loss, expected in (("sequence", None), ("dr", 64), ("token", 34.5)):
+        config = Namespace(loss=loss, max_new_tokens=64, mask_truncated=True)
+        assert loss_length(rollouts, config, policy) == expected
+
+
+def test_a_group_of_equal_rewards_teaches_exactly_nothing():
+    for value in (0.3, 0.1, 1e5 / 3):
+        for scale in (True, False):
+            assert not group_advantages(torch.full((6,), value), scale=scale).any()
 
 
 def test_without_scaling_the_advantage_is_dr_grpos():

@@ -312,6 +312,8 @@ def test_scores_go_into_the_model_card_once(tmp_path):
     report(tmp_path)
     assert card.read_text() == first and first.count("| run | mmau-mini | real | **75.0 [") == 1
     assert first.startswith("# A model\n\n<!-- scores -->\n") and first.endswith("\n\n## Recipe\n")
+    card.write_bytes(b"\xff")  # somebody's
+    assert "75.0" in report(tmp_path) and card.read_bytes() == b"\xff"
 
 
 def test_a_tagged_answer_is_shown_whole_and_scored_by_what_it_ends_in(tmp_path):

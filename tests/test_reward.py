@@ -70,6 +70,10 @@ def fold(text):
     return " ".join(text.casefold().split())
 
 
+def without_stop(choice):
+    return re.sub(r"[ .!?,;:]+$", "", fold(choice))
+
+
 def read_carefully(text, choices):
     """The choices that stand in `text`, from the definition, in plain loops over places.
 
@@ -77,7 +81,7 @@ def read_carefully(text, choices):
     """
     said = f" {fold(text)} "
     places = []
-    for choice in set(map(fold, choices)) - {""}:  # one of MMAR's is empty
+    for choice in set(map(without_stop, choices)) - {""}:  # one of MMAR's is empty
         start = said.find(choice)
         while start >= 0:
             end = start + len(choice)
@@ -94,7 +98,7 @@ def read_carefully(text, choices):
 
 
 def listings(q, rng):
-    """Ten ways to name all choices: as the prompt lists them, quoted before the answer, joined, shuffled."""
+    """Ways to name all choices: as the prompt lists them, quoted before the answer, joined, shuffled, bare."""
     choices = list(q.choices)
     shuffled = rng.sample(choices, len(choices))
     quoted = f"The options are {choices}."
@@ -106,13 +110,14 @@ def listings(q, rng):
     )
     yield from (", ".join(choices), " or ".join(shuffled), "\n".join(choices), "; ".join(choices).upper())
     yield " ".join(f"({letter}) {choice}" for letter, choice in zip("ABCDEFGH", choices, strict=False))
+    yield ", ".join(re.sub(r"[.!?]+$", "", choice) for choice in shuffled) + "."
     yield f"{q.answer}, not {', '.join(c for c in shuffled if fold(c) != fold(q.answer))}"
 
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"real questions are not at {DATA}")
 @pytest.mark.parametrize("file", FILES)
 def test_a_right_answer_is_paid_and_a_list_is_not_on_every_real_question(file, capsys):
-    """The answer alone or in a sentence is 1; a wrong choice, or all of them in ten ways, is 0.
+    """The answer alone or in a sentence is 1; a wrong choice, or all of them in eleven ways, is 0.
 
     But where every wrong choice is a part of the answer: to list "man, man and dog" may be to say "man and
     dog". How often the official string match agrees is measured and printed.
@@ -123,10 +128,19 @@ def test_a_right_answer_is_paid_and_a_list_is_not_on_every_real_question(file, c
         choices = list(q.choices)
         wrong = [choice for choice in choices if fold(choice) != fold(q.answer)]
         forms = [
-            ("the answer", form, 1.0) for form in (q.answer, f"The answer is {q.answer}.", q.answer.upper())
+            ("the answer", form, 1.0)
+            for form in (
+                q.answer,
+                f"The answer is {q.answer}.",
+                q.answer.upper(),
+                re.sub(r"[.!?]+$", "", q.answer),
+            )
         ]
         for choice in wrong:
-            forms += [("a wrong choice", form, 0.0) for form in (choice, f"The answer is {choice}.")]
+            bare = re.sub(r"[.!?]+$", "", choice)
+            forms += [("a wrong choice", form, 0.0) for form in (choice, f"The answer is {choice}.", bare)]
+            if bare.strip():  # one of MMAR's is empty
+                forms.append(("a wrong choice", f"{bare}, {q.answer}", 0.0))
         if not all(fold(choice) in fold(q.answer) for choice in wrong):
             forms += [("all choices", form, 0.0) for form in listings(q, rng)]
         for kind, form, expected in forms:
@@ -148,8 +162,9 @@ def test_both_rewards_find_the_choices_that_a_careful_reader_finds(file):
         for form in (*predictions(q, rng), *listings(q, rng)):
             named = read_carefully(form, q.choices)
             assert set(named_choices(form, list(q.choices))) == named, (q.id, form)
-            assert accuracy_reward(form, q.answer, list(q.choices)) == float(named == {fold(q.answer)})
-            assert contains_reward(form, q.answer, list(q.choices)) == float(fold(q.answer) in named)
+            answer = without_stop(q.answer)
+            assert accuracy_reward(form, q.answer, list(q.choices)) == float(named == {answer})
+            assert contains_reward(form, q.answer, list(q.choices)) == float(answer in named)
 
 
 CASES = [  # response, answer, choices, exact, contains
@@ -171,6 +186,9 @@ CASES = [  # response, answer, choices, exact, contains
     ("C++ here", "C++", ["C++", "C"], 1, 1),
     ("fourteen", "four", ["four", "fourteen", "fourteen"], 0, 0),
     ("Fourteen", "fourteen", ["four", "fourteen", "Fourteen "], 1, 1),
+    ("The man", "A man.", ["A man.", "A woman."], 0, 0),
+    ("a man", "A man.", ["A man.", "A woman."], 1, 1),
+    ("A woman, a man.", "A man.", ["A man.", "A woman."], 0, 1),
     ("", "Man", ["Man", "Woman"], 0, 0),
     ("Man", "Man", ["Man", " ", ""], 1, 1),
     ("straße", "STRASSE", ["STRASSE", "Weg"], 1, 1),
@@ -199,6 +217,8 @@ TAGGED = [  # prompt, reply, the answer in it, whether it has the asked form
     ("answer", "It is <answer>Man</answer>", "Man", 0),
     ("answer", "<answer>Man</answer><answer>Woman</answer>", "Woman", 0),
     ("answer", "<answer>Man", "<answer>Man", 0),
+    ("answer", "<answer>Woman <answer>Man</answer> or </answer>", "Man", 0),
+    ("answer", "<answer>" * 50_000 + "</answer>", "", 0),
     ("think", "<think>Woman? No.</think> <answer>Man</answer>", "Man", 1),
     ("think", "<think>a\nb</think>\n\n<answer>Man</answer>", "Man", 1),
     ("think", "<answer>Man</answer>", "Man", 0),

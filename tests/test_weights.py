@@ -414,6 +414,17 @@ MALFORMED = {
         edit(CONFIG, **{TEXT + "rope_parameters__mrope_section": [1, 1, 1]}),
         "mrope_section",
     ),
+    "config: rope's sections as text": (
+        edit(CONFIG, **{TEXT + "rope_parameters__mrope_section": "abc"}),
+        "config.json",
+    ),
+    "config: negative sections": (
+        edit(CONFIG, **{TEXT + "rope_parameters__mrope_section": [-4, 8, 8]}),
+        "mrope_section",
+    ),
+    "config: infinity": (edit(CONFIG, **{TEXT + "rms_norm_eps": float("inf")}), "rms_norm_eps"),
+    "config: sliding": (edit(CONFIG, **{TEXT + "layer_types": ["sliding_attention"] * 3}), "layer_types"),
+    "config: a word as audio": (edit(CONFIG, thinker_config__audio_token_index=40), "of another model"),
     "config: remote code": (
         edit(CONFIG, model_type="x", auto_map={"AutoConfig": "evil.Config"}),
         "supported",
@@ -431,7 +442,12 @@ MALFORMED = {
     "extractor: rate": (edit("preprocessor_config.json", sampling_rate="16000"), "sampling_rate is '16000'"),
     "extractor: length": (edit("preprocessor_config.json", chunk_length=10**9), "chunk_length"),
     "extractor: hop": (edit("preprocessor_config.json", hop_length=0), "hop_length is 0"),
+    "extractor: dither": (edit("preprocessor_config.json", dither=0.5), "dither is 0.5"),
     "generation config: a list": (write("generation_config.json", "[]"), "holds no JSON object"),
+    "generation config: beyond": (
+        write("generation_config.json", '{"eos_token_id": 9223372036854775808}'),
+        "no token",
+    ),
     "generation config: texts": (write("generation_config.json", '{"eos_token_id": ["a"]}'), "eos_token_id"),
     "generation config: an object": (write("generation_config.json", '{"eos_token_id": {}}'), "eos_token_id"),
     "weights: absent": (remove("model.safetensors"), "no safetensors weights"),

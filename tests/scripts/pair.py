@@ -33,7 +33,9 @@ def main() -> None:
             importlib.import_module(module).main()
         except SystemExit as end:
             code = end.code
-        (folder / f"{number}.{os.environ['RANK']}").write_text(f"exit {code}")
+        end = folder / f"{number}.{os.environ['RANK']}"
+        end.with_suffix(f"{end.suffix}.writing").write_text(f"exit {code}")
+        end.with_suffix(f"{end.suffix}.writing").rename(end)  # whole when it is seen
 
 
 if __name__ == "__main__":
