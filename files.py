@@ -76,7 +76,7 @@ def one_writer(path: Path | str, shared: bool = False, patience: float = 4.0) ->
     if file.read(8) not in ("", "process "):
         raise InputError(f"{path} is no lock of ours: move it away")
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    deadline = max(STARTED + patience, time.monotonic() + patience / 4)
+    deadline = max(STARTED + patience, time.monotonic() + 0.2)
     while True:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)

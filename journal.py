@@ -22,31 +22,35 @@ class Journal:
 
     def __init__(self, out: Path, step: int, settings: dict, wandb_project: str = ""):
         self.path = out / "log.jsonl"
-        self.rows = read_log(self.path)
+        self.format_weight = settings.get("format_weight", 0.0)
+        self.rows = []  # of the steps: what the moving averages are of
+        self.warned = False
+        for row in read_log(self.path):
+            self.notice(row)
         self.log = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (held for the life of the run)
         self.samples = open(out / "samples.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self.format_weight = settings.get("format_weight", 0.0)
-        self.warned = any(self.drift(count) > DRIFT for count in range(WINDOW, len(self.rows) + 1))
         self.board = tensorboard(out, step)
         self.wandb = start_wandb(wandb_project, out, settings)
 
     def write(self, row: dict) -> None:
         self.log.write(json.dumps(row) + "\n")
         self.log.flush()
-        self.rows.append(row)
         scalars = {name: value for name, value in row.items() if name != "step"}
         if self.board is not None:
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, row["step"])
         if self.wandb is not None:
             self.wandb.log(scalars, step=row["step"])
-        if not self.warned and self.drift(len(self.rows)) > DRIFT:
-            self.warned = True
+        was_warned = self.warned
+        self.notice(row)
+        if self.warned and not was_warned:
             log.warning("step %d: %s", row["step"], drift_in_words(self.rows))
 
-    def drift(self, count: int) -> float:
-        """See `drift`, of the first `count` rows."""
-        return drift(self.rows[:count], self.format_weight)
+    def notice(self, row: dict) -> None:
+        """Take a row into the averages, one of now or of an earlier start."""
+        if "official" in row:
+            self.rows.append(row)
+            self.warned = self.warned or drift(self.rows, self.format_weight) > DRIFT
 
     def show(self, samples: list[dict]) -> None:
         """Questions of the step with what was said, as they stand in samples.jsonl."""
@@ -90,19 +94,21 @@ def drift(rows: list[dict], format_weight: float = 0.0) -> float:
     Averages over the last 20 steps and over the first 10; 0 before there are 20. Only the growth counts, so
     that a constant in the reward is no alarm; nor is what --format_weight pays for the form.
     """
-    gaps = []
-    for row in rows:
-        if "official" in row:
-            for_the_answer = row["reward"] - format_weight * row.get("asked_form", 0.0)
-            gaps.append(for_the_answer - row["official"])
-    if len(gaps) < WINDOW:
+    if len(rows) < WINDOW:
         return 0.0
-    return mean(gaps[-WINDOW:]) - mean(gaps[: WINDOW // 2])
+    averages = []
+    for some in (rows[: WINDOW // 2], rows[-WINDOW:]):
+        gaps = []
+        for row in some:
+            for_the_form = format_weight * row.get("asked_form", 0.0)
+            gaps.append(row["reward"] - for_the_form - row["official"])
+        averages.append(mean(gaps))
+    return averages[1] - averages[0]
 
 
 def drift_in_words(rows: list[dict]) -> str:
     """What a person should know when reward and official score part."""
-    last = [row for row in rows if "official" in row][-WINDOW:]
+    last = rows[-WINDOW:]
     reward = mean([row["reward"] for row in last])
     official = mean([row["official"] for row in last])
     hedged = mean([row["hedged"] for row in last])
@@ -135,6 +141,6 @@ def start_wandb(project: str, out: Path, settings: dict) -> Any:
     identity = f"{out.name}-{sha256(str(out.resolve()).encode())}"  # a folder's run, wherever it goes on
     try:
         wandb.init(project=project, name=out.name, id=identity, resume="allow", config=settings)
-    except Exception as error:  # no network, no login: before any step is taken
-        raise InputError(f"--wandb {project}: {str(error) or type(error).__name__:.200}") from None
+    except Exception as error:  # no network, no login
+        raise InputError(f"--wandb {project}: {error!r:.300}") from None
     return wandb

@@ -74,17 +74,26 @@ class Hearing:
     def __init__(self, lm: AudioLM):
         self.hear = lm.hear
         self.audio = lm.prompts.audio_token_id
-        self.heard = {}  # id of a clip -> (the clip, kept so that no other gets such an id; its embeddings)
+        self.clips = []  # kept, so that no other clip gets such an id
+        self.heard = {}  # id of a clip -> its embeddings
 
     def __call__(self, clips: list[Prompt]) -> Tensor:
-        """All of the clips anew, or none: with shards it is a collective, so ranks must do it together."""
-        if any(id(clip) not in self.heard for clip in clips):
-            counts = [int((clip.input_ids == self.audio).sum()) for clip in clips]
-            pieces = self.hear(clips).split(counts)
-            self.heard = {}
-            for clip, piece in zip(clips, pieces, strict=True):
-                self.heard[id(clip)] = (clip, piece)
-        return torch.cat([self.heard[id(clip)][1] for clip in clips])
+        ids = [id(clip) for clip in clips]
+        if not self.heard.keys() >= set(ids):
+            self.hear_all(clips)
+        return torch.cat([self.heard[one] for one in ids])
+
+    def hear_all(self, clips: list[Prompt]) -> None:
+        """Anew, even if some are known: with shards it is a collective, which all processes call alike."""
+        counts = []
+        for clip in clips:
+            is_audio = clip.input_ids == self.audio
+            counts.append(int(is_audio.sum()))
+        heard = self.hear(clips)
+        self.clips = clips
+        self.heard = {}
+        for clip, piece in zip(clips, heard.split(counts), strict=True):
+            self.heard[id(clip)] = piece
 
 
 def attach(lm: AudioLM, rank: int, alpha: float, seed: int = 0) -> Pairs:
@@ -134,8 +143,10 @@ def save_adapter(pairs: Pairs, folder: Path, base: str) -> None:
     scratch = folder.with_name(folder.name + ".writing")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    (scratch / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))
-    (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    data = save(weights, {"format": "pt"})
+    (scratch / WEIGHTS).write_bytes(data)
+    text = json.dumps(config, indent=2)
+    (scratch / CONFIG).write_text(text + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
 
@@ -146,8 +157,9 @@ def load_adapter(lm: AudioLM, folder: Path) -> None:
     rank = config.get("r")
     alpha = config.get("lora_alpha")
     unusual = [option for option in UNUSUAL if config.get(option)]
-    plain = type(rank) is int and 0 < rank <= MOST_RANK and isinstance(alpha, int | float)
-    if unusual or not plain:
+    plain = type(rank) is int and 0 < rank <= MOST_RANK
+    scaled = type(alpha) in (int, float) and 0 < alpha < math.inf
+    if unusual or not plain or not scaled:
         raise InputError(f"{folder}/{CONFIG} is missing, or not of a plain LoRA adapter {unusual or ''}")
     check_base(folder, str(config.get("base_model_name_or_path")), lm.folder)
     file = opened(file_of(folder, WEIGHTS))
@@ -172,7 +184,11 @@ def check_finite(weights: dict[str, Tensor], where: str) -> None:
 
 def check_base(folder: Path, named: str, base: Path) -> None:
     """Compare the adapter's base with the model's folder: the same one or, elsewhere, one of its name."""
-    same = Path(named).name in re.split(r"/|--", str(base.resolve()))  # hub cache: models--owner--name
+    place = base.resolve()
+    in_cache = "models--" + named.replace("/", "--")
+    same = in_cache in place.parts
+    if place.name == Path(named).name:
+        same = True
     if Path(named).is_dir():
         same = base.samefile(named)
     if not same:

@@ -28,13 +28,25 @@ def test_a_reward_that_runs_away_from_the_score_is_told_once_within_40_steps(tmp
 
 def test_a_resumed_run_says_what_an_uninterrupted_one_would(tmp_path, caplog):
     rows = [row(step, min(1.0, 0.2 + step / 60), 0.2) for step in range(1, 41)]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:25]) + '{"step": 26, "lo')
-    assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == list(range(1, 26))
-    whole = [drift(rows[:n]) for n in range(26, 41)]
-    resumed = Journal(tmp_path, 25, {})
-    for n, r in enumerate(rows[25:]):
-        resumed.write(r)
-        assert drift(resumed.rows) == pytest.approx(whole[n])
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:20]) + '{"step": 21, "lo')
+    assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == list(range(1, 21))
+    whole = [drift(rows[:n]) for n in range(21, 41)]
+    resumed = Journal(tmp_path, 20, {})
+    with caplog.at_level(logging.WARNING):
+        for n, r in enumerate(rows[20:]):
+            resumed.write(r)
+            assert drift(resumed.rows) == pytest.approx(whole[n])
+        assert [record.getMessage()[:8] for record in caplog.records] == ["step 22:"]
+        Journal(tmp_path, 40, {}).write(row(41, 1.0, 0.2))
+    assert len(caplog.records) == 1  # told once, whatever the starts
+
+
+def test_a_form_that_is_learned_is_no_alarm(tmp_path, caplog):
+    journal = Journal(tmp_path, 0, {"format_weight": 0.5})
+    for step in range(1, 60):
+        form = min(1.0, step / 30)
+        journal.write(row(step, 0.3 + 0.5 * form, 0.3) | {"asked_form": form})
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5, 1.5])

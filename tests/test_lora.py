@@ -291,11 +291,19 @@ def rename_one(folder, world):
     save_file(halves, folder / lora.WEIGHTS)
 
 
+def nan(folder, world):
+    halves = load_file(folder / lora.WEIGHTS)
+    next(iter(halves.values()))[0] = float("nan")
+    save_file(halves, folder / lora.WEIGHTS)
+
+
 BAD_ADAPTERS = {
     "another base": (other_base, "is an adapter of .*, not of"),
     "another name": (lambda f, w: edit_config(f, base_model_name_or_path="Qwen/X"), "is an adapter of Qwen/X"),
     "another rank": (lambda f, w: edit_config(f, r=3), r"is \[4, \d+\], the model's \[3, \d+\]"),
     "an absurd rank": (lambda f, w: edit_config(f, r=10**9), "not of a plain LoRA adapter"),
+    "no scale": (lambda f, w: edit_config(f, lora_alpha=0), "not of a plain LoRA adapter"),
+    "NaN": (nan, "holds NaN"),
     "no rank": (lambda f, w: edit_config(f, r=None), "not of a plain LoRA adapter"),
     "another method": (lambda f, w: edit_config(f, use_dora=True), "plain LoRA adapter .'use_dora'"),
     "other layers": (rename_one, "has not the pairs of this model"),
@@ -325,5 +333,6 @@ def test_an_adapter_fits_its_base_wherever_that_lies(world, one, tmp_path):
     edit_config(folder, base_model_name_or_path="Qwen/Qwen2.5-Omni-7B")
     for place in ("Qwen2.5-Omni-7B", "hub/models--Qwen--Qwen2.5-Omni-7B/snapshots/0a1b"):
         lora.check_base(folder, "Qwen/Qwen2.5-Omni-7B", tmp_path / place)
-    with pytest.raises(InputError, match="give that --model"):
-        lora.check_base(folder, "Qwen/Qwen2.5-Omni-7B", tmp_path / "Qwen2.5-Omni-3B")
+    for other in ("Qwen2.5-Omni-3B", "Qwen2.5-Omni-7B/other"):
+        with pytest.raises(InputError, match="give that --model"):
+            lora.check_base(folder, "Qwen/Qwen2.5-Omni-7B", tmp_path / other)
