@@ -59,7 +59,15 @@ class ChatClient:
     or a key that cannot be used.
     """
 
-    def __init__(self, url: str, model: str, tries: int = 12, timeout: float = 60.0, patience: int = 8):
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        tries: int = 12,
+        timeout: float = 60.0,
+        patience: int = 8,
+    ):
         self.url = url
         self.name = name_of(url)
         self.model = model

@@ -605,7 +605,7 @@ class Questions:
     good question of an order that (seed, step, k) decide.
     """
 
-    def __init__(self, files: list, encode: Callable, config: Namespace, rank: int, world: int):
+    def __init__(self, files: list, encode: Callable, config: Namespace, *, rank: int, world: int):
         self.files = files
         self.encode = encode
         self.config = config

@@ -289,7 +289,7 @@ class Evaluation:
                 key = (i, order)
                 texts.append(self.answers.given.get(key, ""))
             said.append(texts)
-        text = predictions.in_own_form(self.args.data, self.questions, said, self.args.prompt)
+        text = predictions.in_own_form(self.args.data, self.questions, said, prompt=self.args.prompt)
         unanswered = {}
         for i, why in sorted(reasons.items()):
             unanswered[self.questions[i].id] = why
@@ -571,7 +571,8 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)  # ours; httpx tells every request
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a file's name need not be UTF-8
     args = parse()

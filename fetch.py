@@ -198,7 +198,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
-def unpack(name: str, path: Path, source: Source, data: Path, limit: float) -> dict:
+def unpack(name: str, path: Path, source: Source, *, data: Path, limit: float) -> dict:
     """One downloaded file -> {"rows", "taken", "broken"}; `limit` clips (or rows) are taken at most."""
     convert = CONVERT.get(source.questions.split("/")[0])
     found = {"rows": [], "taken": 0, "broken": []}
@@ -255,7 +255,7 @@ def fetch_set(name: str, options: argparse.Namespace) -> None:
         for path in paths:
             file = names.pop(0)
             try:
-                found = unpack(file, path, source, options.data, limit - taken)
+                found = unpack(file, path, source, data=options.data, limit=limit - taken)
             except DAMAGED as error:
                 if downloads in path.parents:
                     path.unlink()

@@ -289,7 +289,13 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    out: Path, step: int, tensors: dict[str, Tensor], about: dict, keep: int, files: list[Path]
+    out: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    about: dict,
+    *,
+    keep: int,
+    files: list[Path],
 ) -> None:
     """Write checkpoints/step-N beside its name, rename it, keep the last `keep` up to it. Collective.
 

@@ -439,7 +439,7 @@ def estimate(args: argparse.Namespace, captions: Captions, ledger: Ledger) -> tu
 
 def generate(args: argparse.Namespace, captions: Captions) -> None:
     """Ask for every clip that has no question yet."""
-    client = ChatClient(args.url, args.model, args.tries, args.timeout)
+    client = ChatClient(args.url, args.model, tries=args.tries, timeout=args.timeout)
     ledger = Ledger(args)
     if args.keep_shortest:
         collections.deque(own_rows(beside(args.out, "shortest.jsonl"), DONE_KEYS), maxlen=0)
@@ -472,7 +472,7 @@ def is_answered(captions: Captions, args: argparse.Namespace, ledger: Ledger) ->
         return True
     for name, texts in captions:
         if name in ledger.done_ids:
-            client = ChatClient(args.url, args.model, args.tries, args.timeout)
+            client = ChatClient(args.url, args.model, tries=args.tries, timeout=args.timeout)
             return ask(client, name, texts, args).kind != "refused"
     return False
 

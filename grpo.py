@@ -133,9 +133,9 @@ def step(
         responses = policy.generate(
             prompts,
             config.max_new_tokens,
-            config.group_size,
-            config.temperature,
-            generators,
+            group_size=config.group_size,
+            temperature=config.temperature,
+            generators=generators,
         )
         texts = decode(policy, responses)
         # Reward, Eq. 2.

@@ -96,7 +96,7 @@ class Hearing:
             self.heard[id(clip)] = piece
 
 
-def attach(lm: AudioLM, rank: int, alpha: float, seed: int = 0) -> Pairs:
+def attach(lm: AudioLM, rank: int, alpha: float, *, seed: int = 0) -> Pairs:
     """Freeze a model whose weights are read, sharded or not; add fp32 pairs, whole in each process."""
     lm.requires_grad_(False)
     pairs = Pairs(lm, rank, alpha)
@@ -161,7 +161,7 @@ def load_adapter(lm: AudioLM, folder: Path) -> None:
     scaled = type(alpha) in (int, float) and 0 < alpha < math.inf
     if unusual or not plain or not scaled:
         raise InputError(f"{folder}/{CONFIG} is missing, or not of a plain LoRA adapter {unusual or ''}")
-    check_base(folder, str(config.get("base_model_name_or_path")), lm.folder)
+    check_base(folder, str(config.get("base_model_name_or_path")), base=lm.folder)
     file = opened(file_of(folder, WEIGHTS))
     attach(lm, rank, alpha)
     weights = pair_weights(lm)
@@ -182,7 +182,7 @@ def check_finite(weights: dict[str, Tensor], where: str) -> None:
             raise InputError(f"{where}: {name} holds NaN or infinity")
 
 
-def check_base(folder: Path, named: str, base: Path) -> None:
+def check_base(folder: Path, named: str, *, base: Path) -> None:
     """Compare the adapter's base with the model's folder: the same one or, elsewhere, one of its name."""
     place = base.resolve()
     in_cache = "models--" + named.replace("/", "--")

@@ -257,7 +257,7 @@ def pack(
     )
 
 
-def decoding_mask(lengths: Tensor, group_size: int, tokens: int) -> Tensor:
+def decoding_mask(lengths: Tensor, group_size: int, *, tokens: int) -> Tensor:
     """What the newest of each of G responses sees: (B, 1, G, longest prompt + G * tokens) bool.
 
     The responses of a prompt grow by G tokens of one row at every step, so that the prompt's keys are stored
@@ -381,6 +381,7 @@ class AudioLM(nn.Module):
         self,
         prompts: list[Prompt],
         max_new_tokens: int = 64,
+        *,
         group_size: int = 1,
         temperature: float = 0.0,
         generators: list[torch.Generator] | None = None,
@@ -413,7 +414,7 @@ class AudioLM(nn.Module):
                     break
                 places = lengths + count - 1
                 positions = places.unsqueeze(1).expand(B, G)
-                mask = decoding_mask(lengths, G, count)
+                mask = decoding_mask(lengths, G, tokens=count)
                 logits = self(Tokens(newest, positions, mask, rows, columns), cache)
                 logits = logits.view(B, G, -1)
         groups = []
@@ -436,7 +437,13 @@ class AudioLM(nn.Module):
         generator: torch.Generator | None = None,
     ) -> list[Tensor]:
         """G responses to one prompt, each a 1-D int64 tensor, EOS kept."""
-        groups = self.generate([prompt], max_new_tokens, group_size, temperature, [generator])
+        groups = self.generate(
+            [prompt],
+            max_new_tokens,
+            group_size=group_size,
+            temperature=temperature,
+            generators=[generator],
+        )
         return groups[0]
 
     def score(
@@ -647,6 +654,7 @@ def empty_lm(
 def load_weights(
     lm: AudioLM,
     storage: torch.device | str,
+    *,
     compute: torch.device | str,
 ) -> AudioLM:
     """Give an empty model, sharded or not, its memory on `storage` and read the weights into it.
@@ -679,4 +687,4 @@ def load_model(
     Raises InputError if the folder is missing, of another kind, or lacks a weight.
     """
     lm = empty_lm(path, dtype, audio, prompt)
-    return load_weights(lm, device, device)
+    return load_weights(lm, device, compute=device)

@@ -180,7 +180,7 @@ class Answers:
 # ----------------------------------------------------------------------------------------------------- P.json
 
 
-def in_own_form(data: str, questions: list[Question], said: list[list[str]], prompt: str) -> str:
+def in_own_form(data: str, questions: list[Question], said: list[list[str]], *, prompt: str) -> str:
     """The rows of the file `data`, in its order, plus the keys that its official script reads.
 
     said: each question's answers, one an order. The keys hold the final answer; where it stood in more text

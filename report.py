@@ -307,7 +307,7 @@ def markdown(table: dict[str, Any]) -> str:
 def cell_text(ours: Accuracy | str | None, published: float | None) -> str:
     text = ours or ""
     if isinstance(ours, tuple):
-        text = f"**{percent(*ours[:3])}**"
+        text = f"**{percent(ours[0], ours[1:3])}**"
     if published is not None:
         text += f" ({published})"
     return text.strip()

@@ -10,7 +10,10 @@
 #
 # Environment: GPUS (per node, default as found), NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, DATA (data), RESULTS
 # (results), OMNI and QWEN2AUDIO (model folders or hub names), URL, GPT and OPENAI_API_KEY (question generation),
-# FETCH, TRAIN, EVAL and GENERATE (more options for the four programs), BENCHES and AUDIO (to evaluate on).
+# FETCH, TRAIN, EVAL and GENERATE (more options for the four programs), BENCHES and AUDIO (to evaluate on), PROMPT,
+# STEPS (1000) and LONG (2000, of VGGS-GPT), KEEP_SHORTEST (questions of it), HOLD_OUT (200 questions of each training
+# set, chosen by their id, are scored meanwhile and not learned from), RESERVE (600 GB of disk beside the data).
+
 # shellcheck disable=SC2034,SC2046,SC2086,SC2016  # the lists below are made to be split into words, and evaluated
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -120,7 +123,7 @@ any_bench() { # fails, before hours of training and not after, where no benchmar
 }
 
 evaluate() { # evaluate MODEL [options]: every benchmark, with and without audio, with one loading of the model
-  local model=$1 bench audio out questions clips data=() dirs=() audios=() outs=(); shift
+  local model=$1 bench audio out questions clips data=() dirs=() audios=() names=() outs=(); shift
   [ -z "$PLAN" ] || { echo "$NAME: an evaluation, whose hours are not counted"; return; }
   any_bench
   for bench in $BENCHES; do
@@ -129,13 +132,13 @@ evaluate() { # evaluate MODEL [options]: every benchmark, with and without audio
     for audio in $AUDIO; do
       out="$RESULTS/$NAME/eval/$bench.$audio.json"
       if [ -f "$out" ] && grep -qs '"unanswered": {}' "${out%.json}.meta"; then continue; fi # else what is missing is asked again
-      data+=("$questions"); dirs+=("$clips"); audios+=("$audio"); outs+=("$out")
+      data+=("$questions"); dirs+=("$clips"); audios+=("$audio"); names+=("$bench"); outs+=("$out")
     done
   done
   [ ${#outs[@]} != 0 ] || return 0
   say "$NAME: evaluation (${#outs[@]} benchmarks)"
-  launch evaluate.py --model "$model" --data "${data[@]}" --audio_dir "${dirs[@]}" --audio "${audios[@]}" --out "${outs[@]}" \
-    --prompt "$PROMPT" "$@" $EVAL
+  launch evaluate.py --model "$model" --data "${data[@]}" --audio_dir "${dirs[@]}" --audio "${audios[@]}" --bench "${names[@]}" \
+    --out "${outs[@]}" --prompt "$PROMPT" "$@" $EVAL
 }
 
 generate() { # generate IDS [options]: captions -> ChatGPT -> questions (Section III-C)
@@ -186,6 +189,6 @@ case ${1:-all} in
       *) exec python -m pytest -q "${@:2}" ;;
     esac
     ;;
-  -h | --help | help) sed -n '2,/^set/p' "$0" | grep '^#' | cut -c3- ;;
+  -h | --help | help) sed -n '2,/^$/p' "$0" | cut -c3- ;;
   *) run "$@" ;;
 esac

@@ -28,7 +28,7 @@ Scores = dict[tuple[str, str], Accuracy]  # by (column, group); ("all", "all") i
 # ------------------------------------------------------------------------------------------------- statistics
 
 
-def bootstrap(values: Sequence[float], repeats: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap(values: Sequence[float], repeats: int = 2000, *, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of the mean of (n,) values, one a question, over resampled questions."""
     values = np.asarray(values, float)
     rng = np.random.default_rng(seed)
@@ -49,7 +49,8 @@ def mcnemar(better: int, worse: int) -> float:
     return min(1.0, 2 * ways / 2**n)
 
 
-def percent(share: float, low: float, high: float) -> str:
+def percent(share: float, interval: tuple[float, float]) -> str:
+    low, high = interval
     return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
@@ -139,7 +140,7 @@ def summary_lines(path: Path | str) -> list[str]:
         name = f"{column}: {group}"
         if column == "all":
             name = "average"
-        lines.append(f"{name:45} {percent(*numbers[:3])}  n = {numbers[3]}")
+        lines.append(f"{name:45} {percent(numbers[0], numbers[1:3])}  n = {numbers[3]}")
     questions = read_predictions(path)
     empty = 0
     orders = []
@@ -150,7 +151,7 @@ def summary_lines(path: Path | str) -> list[str]:
             orders.append(len(set(given)) == 1)
     if orders:
         same = sum(orders)
-        share = percent(same / len(orders), *wilson(same, len(orders)))
+        share = percent(same / len(orders), wilson(same, len(orders)))
         lines.append(f"answered the same way in all orders: {share}")
     if empty:
         lines.append(f"{empty} of {len(questions)} answers are empty, counted as wrong")
@@ -171,7 +172,7 @@ def compare(first: Path | str, second: Path | str) -> str:
     for side in (before, after):
         shares.append(f"{100 * np.mean(list(side.values())):.1f}")
     return (
-        f"{' -> '.join(shares)}, difference {percent(gains.mean(), *bootstrap(gains))}; "
+        f"{' -> '.join(shares)}, difference {percent(gains.mean(), bootstrap(gains))}; "
         f"{better} better, {worse} worse of {len(gains)}, McNemar p = {mcnemar(better, worse):.3g}"
     )
 

@@ -64,8 +64,17 @@ FREE += " gpu_memory gpu save_merged"
 AT_LEAST_ONE = "steps batch max_new_tokens save_every keep replicas updates eval_every"
 AT_LEAST_ZERO = "accumulation questions_per_pass hold_out save_model_every samples workers seed lora"
 AT_LEAST_ZERO += " world_size"
-MOST = {"steps": 10**7, "batch": 10**6, "group_size": 4096, "max_new_tokens": 10**5, "updates": 1000}
-MOST |= {"workers": 256, "timeout": 10**5, "lora": lora.MOST_RANK, "world_size": 10**6}
+MOST = {
+    "steps": 10**7,
+    "batch": 10**6,
+    "group_size": 4096,
+    "max_new_tokens": 10**5,
+    "updates": 1000,
+    "workers": 256,
+    "timeout": 10**5,
+    "lora": lora.MOST_RANK,
+    "world_size": 10**6,
+}
 AUTO = ["auto", "on", "off"]
 
 
@@ -264,7 +273,7 @@ class Run:
     """Policy, reference, optimizer and data of a run, and the number of steps taken."""
 
     def __init__(
-        self, config: argparse.Namespace, rank: int, world: int, device: torch.device, loaded: Loaded
+        self, config: argparse.Namespace, *, rank: int, world: int, device: torch.device, loaded: Loaded
     ):
         self.config = config
         self.rank = rank
@@ -278,7 +287,7 @@ class Run:
         self.make_optimizer()
         self.step = 0
         self.bad_clips = 0
-        self.questions = Questions(loaded.files, self.policy.prompts.encode, config, rank, world)
+        self.questions = Questions(loaded.files, self.policy.prompts.encode, config, rank=rank, world=world)
         self.fingerprint = settings(config, loaded)
         self.fingerprint["dtype"] = str(self.dtype).removeprefix("torch.")
         self.fingerprint["weights"] = checkpoint_hash(find_model(config.model))
@@ -309,7 +318,7 @@ class Run:
             fsdp.checkpoint_activations(self.policy)
         if self.world > 1 or self.dtype != torch.float32 or offload:
             fsdp.shard(self.policy, mesh, self.dtype, **layout, cpu_offload=offload)
-        load_weights(self.policy, home, self.device)
+        load_weights(self.policy, home, compute=self.device)
         self.policy.dtype = self.dtype
         self.policy.average = fsdp.average
 
@@ -319,7 +328,7 @@ class Run:
             on_host = self.layout.reference_on_host
             if self.world > 1 or on_host:  # no backward comes: each layer goes once it was used
                 fsdp.shard(self.reference, mesh, self.dtype, reshard=True, cpu_offload=on_host)
-            load_weights(self.reference, home if on_host else self.device, self.device)
+            load_weights(self.reference, home if on_host else self.device, compute=self.device)
             self.reference.requires_grad_(False)
 
     def load_frozen(self, mesh: DeviceMesh, layout: dict) -> None:
@@ -330,9 +339,9 @@ class Run:
             fsdp.checkpoint_activations(self.policy)
         if self.world > 1 and self.layout.reshard:
             fsdp.shard(self.policy, mesh, self.dtype, **layout)
-        load_weights(self.policy, self.device, self.device)
+        load_weights(self.policy, self.device, compute=self.device)
         self.policy.average = fsdp.average
-        self.pairs = lora.attach(self.policy, config.lora, config.lora_alpha, config.seed)
+        self.pairs = lora.attach(self.policy, config.lora, config.lora_alpha, seed=config.seed)
         self.reference = self.pairs if config.beta else None
 
     def make_optimizer(self) -> None:
@@ -517,7 +526,7 @@ class Run:
         out = Path(self.config.out)
         about = {"step": self.step, "bad_clips": self.bad_clips, "run": self.fingerprint}
         files = [out / "log.jsonl", out / "samples.jsonl"]
-        fsdp.save_checkpoint(out, self.step, self.state(), about, self.config.keep, files)
+        fsdp.save_checkpoint(out, self.step, self.state(), about, keep=self.config.keep, files=files)
 
     def resume(self) -> None:
         """Load the newest whole checkpoint under --out, if any. InputError if it is of other arguments."""
@@ -532,7 +541,7 @@ class Run:
             raise InputError(f"{out}: {free / 2**30:.1f} GiB free of {needed}")
         if found:
             about = parse_json(read_text(found / "run.json"))
-            refuse_changes(out, about["run"], self.fingerprint)
+            refuse_changes(out, then=about["run"], now=self.fingerprint)
             fsdp.load_checkpoint(found, self.state())
             self.step = about["step"]
             self.bad_clips = about["bad_clips"]
@@ -590,7 +599,7 @@ def settings(config: argparse.Namespace, loaded: Loaded) -> dict:
     return decisive
 
 
-def refuse_changes(out: Path, then: dict, now: dict) -> None:
+def refuse_changes(out: Path, *, then: dict, now: dict) -> None:
     """InputError where a run of these settings cannot go on with what `out` holds."""
     now = json.loads(json.dumps(now))
     changed = []
@@ -632,7 +641,7 @@ def is_finished(config: argparse.Namespace, now: dict) -> bool:
         raise InputError(f"{out}/{there[0]} is of no run of this program's; take another --out") from None
     if there[0] not in ("model", "adapter"):
         return False
-    refuse_changes(out, then["settings"], now)
+    refuse_changes(out, then=then["settings"], now=now)
     if not result(config).exists():
         return False
     if dist.get_rank() == 0:
@@ -662,7 +671,7 @@ def train(config: argparse.Namespace) -> int:
     loaded = load_questions(config, check_clips_together)
     if is_finished(config, settings(config, loaded)):
         return 0
-    run = Run(config, rank, world, device, loaded)
+    run = Run(config, rank=rank, world=world, device=device, loaded=loaded)
     run.resume()
     stop = fsdp.Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -753,7 +762,7 @@ def explain(config: argparse.Namespace, device: torch.device) -> int:
     config.batch = 1
     config.workers = 0
     loaded = load_questions(config, check_clips_together)
-    run = Run(config, 0, 1, device, loaded)
+    run = Run(config, rank=0, world=1, device=device, loaded=loaded)
     asked = next(run.batches())
     metrics, (rollout,) = grpo.step(
         run.policy, run.reference, [asked], config, run.reward, update=lambda: None
@@ -779,7 +788,8 @@ def explain(config: argparse.Namespace, device: torch.device) -> int:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)  # ours; httpx tells every request
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a file's name need not be UTF-8
     first = int(os.environ.get("RANK", 0)) == 0

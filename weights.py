@@ -392,7 +392,11 @@ def read_weights(lm: nn.Module) -> None:
 
 @torch.no_grad()
 def save_model(
-    lm: nn.Module, out: Path, dtype: torch.dtype, parts: str = "all", card: dict[str, Any] | None = None
+    lm: nn.Module,
+    out: Path,
+    dtype: torch.dtype,
+    parts: str = "all",
+    card: dict[str, Any] | None = None,
 ) -> None:
     """A checkpoint folder in the base's layout, the trained weights in `dtype`; renamed into place.
 
@@ -443,7 +447,11 @@ def whole_weights(lm: nn.Module, base: Weights, names: list[str]) -> Iterator[tu
 
 
 def write_weights(
-    weights: Iterator[tuple[str, Tensor | None]], base: Weights, folder: Path, dtype: torch.dtype, strip: str
+    weights: Iterator[tuple[str, Tensor | None]],
+    base: Weights,
+    folder: Path,
+    dtype: torch.dtype,
+    strip: str,
 ) -> None:
     """Files of at most `FILE_BYTES` (a larger weight has its own), and their index."""
     where = {}
@@ -477,7 +485,11 @@ def write_batch(batch: dict[str, Tensor], folder: Path, where: dict[str, str]) -
 
 
 def write_small_files(
-    lm: nn.Module, folder: Path, dtype: torch.dtype, strip: str, card: dict[str, Any] | None
+    lm: nn.Module,
+    folder: Path,
+    dtype: torch.dtype,
+    strip: str,
+    card: dict[str, Any] | None,
 ) -> None:
     """The base's config with the new dtype, its tokenizer and the like as they are, and the model card."""
     for name in SMALL_FILES[1:]:

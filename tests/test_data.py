@@ -547,7 +547,9 @@ def test_who_is_asked_what_does_not_depend_on_the_number_of_processes(tmp_path):
     def asked(world):
         found = {}
         for rank in range(world):
-            questions = Questions(files, lambda question, use_audio: use_audio, config, rank, world)
+            questions = Questions(
+                files, lambda question, use_audio: use_audio, config, rank=rank, world=world
+            )
             assert len(questions) == 40 * 8 // world
             for one in map(questions.__getitem__, range(len(questions))):
                 assert one.prompt is True and one.bad == ()
@@ -576,8 +578,8 @@ def test_a_clip_that_fails_is_replaced_by_the_same_question_in_every_run(tmp_pat
             raise InputError(f"{question.id} is odd")
         return question.id
 
-    whole = Questions(files, encode, config, 0, 1)
-    half = Questions(files, encode, config, 1, 2)
+    whole = Questions(files, encode, config, rank=0, world=1)
+    half = Questions(files, encode, config, rank=1, world=2)
     assert whole[3] == half[1] and any(whole[i].bad for i in range(8))
     for i in range(72):
         assert int(whole[i].question.id) % 2 == 0 and whole[i].prompt == whole[i].question.id
@@ -586,5 +588,5 @@ def test_a_clip_that_fails_is_replaced_by_the_same_question_in_every_run(tmp_pat
     def never(question, use_audio):
         raise InputError("gone")
 
-    assert Questions(files, never, config, 0, 1)[0].prompt is None
-    assert len(Questions(files, never, config, 0, 1)[0].bad) == 20
+    assert Questions(files, never, config, rank=0, world=1)[0].prompt is None
+    assert len(Questions(files, never, config, rank=0, world=1)[0].bad) == 20

@@ -138,7 +138,7 @@ def test_mmaus_thousand_published_rows_come_back(tmp_path):
     published = json.loads(path.read_text())
     hub.write_parquet(tmp_path / "rows.parquet", [hub.mmau_row(row, None) for row in published])
     source = fetch.SETS["mmau-mini-v2"]
-    found = fetch.unpack("rows.parquet", tmp_path / "rows.parquet", source, tmp_path, 1e9)
+    found = fetch.unpack("rows.parquet", tmp_path / "rows.parquet", source, data=tmp_path, limit=1e9)
     names = (
         "id",
         "audio_id",
@@ -279,9 +279,9 @@ def test_no_name_leads_out_of_the_folder(tmp_path, small):
         )
     hub.write_stream(tmp_path / "evil.arrow", rows)
     data = tmp_path / "in" / "data"
-    found = fetch.unpack("evil.tar.gz", tmp_path / "evil.tar.gz", fetch.SETS["mmar"], data, 1e9)
+    found = fetch.unpack("evil.tar.gz", tmp_path / "evil.tar.gz", fetch.SETS["mmar"], data=data, limit=1e9)
     assert len(found["broken"]) == 3
-    found = fetch.unpack("evil.arrow", tmp_path / "evil.arrow", fetch.SETS["avqa"], data, 1e9)
+    found = fetch.unpack("evil.arrow", tmp_path / "evil.arrow", fetch.SETS["avqa"], data=data, limit=1e9)
     assert len(found["broken"]) == 1
     outside = [p.name for p in tmp_path.rglob("*.wav") if data not in p.parents]
     assert outside == []
@@ -370,18 +370,18 @@ def test_one_flipped_bit_in_an_archive_is_damage(small, tmp_path):
         member = tarfile.TarInfo("audio/x.wav")
         member.size = len(sound)
         archive.addfile(member, io.BytesIO(sound))
-    assert fetch.unpack(path.name, path, fetch.SETS["mmar"], tmp_path, 1e9)["taken"] == 1
+    assert fetch.unpack(path.name, path, fetch.SETS["mmar"], data=tmp_path, limit=1e9)["taken"] == 1
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 3] ^= 1
     path.write_bytes(whole)
     with pytest.raises(OSError, match="CRC check failed"):
-        fetch.unpack(path.name, path, fetch.SETS["mmar"], tmp_path, 1e9)
+        fetch.unpack(path.name, path, fetch.SETS["mmar"], data=tmp_path, limit=1e9)
 
 
 def test_a_huge_member_is_no_clip(small, server, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "LONGEST", 1000)
     path = server.root / "datasets/BoJack/MMAR/mmar-audio.tar.gz"
-    found = fetch.unpack(path.name, path, fetch.SETS["mmar"], tmp_path, 1e9)
+    found = fetch.unpack(path.name, path, fetch.SETS["mmar"], data=tmp_path, limit=1e9)
     assert len(found["broken"]) == SIZES["mmar"]
     assert "too large" in found["broken"][0]
 
@@ -624,7 +624,7 @@ def test_unpacking_is_as_fast_as_plain_pyarrow_and_memory_stays_flat(ending, tmp
             hub.write_parquet(path, rows, "audio")
         code = "import fetch, pathlib, time; "
         code += f"p = pathlib.Path({str(path)!r}); started = time.monotonic(); "
-        code += "fetch.unpack(p.name, p, fetch.SETS['avqa'], p.parent / 'out', 1e9); "
+        code += "fetch.unpack(p.name, p, fetch.SETS['avqa'], data=p.parent / 'out', limit=1e9); "
         code += "print('seconds:', time.monotonic() - started, open('/proc/self/status').read())"
         seconds = []
         plain = []

@@ -45,7 +45,8 @@ def adapted(request, tmp_path_factory):
     lm = load_model(folder / "model")
     questions = read_questions(folder / "mmau.json", folder / "audio")[:3]
     prompts = [lm.encode(question) for question in questions]
-    groups = lm.generate(prompts, 6, 2, 1.2, [torch.Generator().manual_seed(i) for i in range(3)])
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    groups = lm.generate(prompts, 6, group_size=2, temperature=1.2, generators=generators)
     pairs = trained(lm)
     adapter = tmp_path_factory.mktemp(request.param) / "adapter"
     lora.save_adapter(pairs, adapter, str(folder / "model"))
@@ -332,7 +333,7 @@ def test_an_adapter_fits_its_base_wherever_that_lies(world, one, tmp_path):
     shutil.copytree(one / "adapter", folder)
     edit_config(folder, base_model_name_or_path="Qwen/Qwen2.5-Omni-7B")
     for place in ("Qwen2.5-Omni-7B", "hub/models--Qwen--Qwen2.5-Omni-7B/snapshots/0a1b"):
-        lora.check_base(folder, "Qwen/Qwen2.5-Omni-7B", tmp_path / place)
+        lora.check_base(folder, "Qwen/Qwen2.5-Omni-7B", base=tmp_path / place)
     for other in ("Qwen2.5-Omni-3B", "Qwen2.5-Omni-7B/other"):
         with pytest.raises(InputError, match="give that --model"):
-            lora.check_base(folder, "Qwen/Qwen2.5-Omni-7B", tmp_path / other)
+            lora.check_base(folder, "Qwen/Qwen2.5-Omni-7B", base=tmp_path / other)

@@ -120,7 +120,7 @@ def test_questions_together_are_questions_apart_in_any_split(family, use_audio):
         for size in split:
             part = slice(start, start + size)
             generators = [torch.Generator().manual_seed(i) for i in range(start, start + size)]
-            said += lm.generate(prompts[part], 8, 4, 1.2, generators)
+            said += lm.generate(prompts[part], 8, group_size=4, temperature=1.2, generators=generators)
             loss = weighted(lm.score(prompts[part], groups[part]), weights[part].flatten(0, 1))
             loss.backward()
             total += loss.item()

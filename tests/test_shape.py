@@ -104,6 +104,10 @@ def test_functions_are_short_and_typed_and_take_few_arguments(file):
         assert all(a.annotation is not None for a in arguments), where
         if node.name not in ("__init__", "grpo_loss"):  # Eq. 3 has as many symbols
             assert len(arguments) <= 6, where
+        types = [ast.unparse(a.annotation) for a in node.args.args if a.arg not in ("self", "cls")]
+        if node.name not in ("grpo_loss", "sample"):  # DESIGN's
+            alike = [kind for kind in types[2:] if types.count(kind) > 1]
+            assert not alike, f"{where}: past the second, arguments of one type are keyword-only"
 
 
 def test_no_import_runs_upward():

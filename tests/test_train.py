@@ -1,5 +1,6 @@
 """Laws of the run: two processes = one, killed = uninterrupted, and what each layout may not change."""
 
+import importlib.machinery
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -211,6 +213,41 @@ def test_samples_show_what_was_said_and_paid(world, one):
             assert reward == accuracy_reward(text, question.answer, list(question.choices))
         advantages = group_advantages(torch.tensor(sample["rewards"]))
         assert torch.allclose(torch.tensor(sample["advantages"]), advantages)
+
+
+def test_models_samples_and_curves_go_where_they_are_asked_to(world, tmp_path, monkeypatch):
+    curves = []
+    stand_in = types.ModuleType("wandb")
+    stand_in.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    stand_in.init = lambda **options: None
+    stand_in.Table = lambda columns: types.SimpleNamespace(add_data=lambda *values: None)
+    stand_in.log = lambda values, step: curves.append(step)
+    stand_in.finish = lambda: None
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    more = {"save_model_every": 2, "samples": 2, "model_only": "thinker", "wandb": "project"}
+    assert train_here(tmp_path / "r", *arguments(world, steps=5, **more)) == 0
+    folders = sorted(path.name for path in (tmp_path / "r").glob("model*"))
+    assert folders == ["model", "model-step-2", "model-step-4"]
+    w2, w4, last = (weights(tmp_path / "r" / name) for name in (*folders[1:], "model"))
+    assert distance(w2, w4) > 0 and distance(w4, last) > 0
+    assert json.loads((tmp_path / "r" / "model" / "config.json").read_text())["model_type"].endswith(
+        "thinker"
+    )
+    samples = rows_of(tmp_path / "r" / "samples.jsonl")
+    assert [(row["step"], row["k"]) for row in samples] == [(s, k) for s in range(1, 6) for k in (0, 1)]
+    assert set(curves) == set(range(1, 6))
+    assert train_here(tmp_path / "none", *arguments(world, steps=1, samples=0, save_every=1)) == 0
+    assert rows_of(tmp_path / "none" / "samples.jsonl") == []
+
+
+def test_one_question_is_explained_and_nothing_is_written(world, tmp_path, capsys):
+    reward = tmp_path / "mine.py"
+    reward.write_text("def half(response, answer, choices): return 0.5 * (response == answer)")
+    options = arguments(world, reward=f"{reward}:half", seed=3)
+    assert train_here(tmp_path / "out", *options, "--explain") == 0
+    said = capsys.readouterr().out
+    assert said.count("answer ") >= 4 and "reward 0.5 (Eq. 2)" in said and "kl        0.000000" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_held_out_questions_are_never_trained_on(world):

@@ -39,7 +39,9 @@ def main() -> None:
     for options in sys.argv[2:]:
         config = parse(json.loads(options))
         set_batch(config, world)
-        run = Run(config, rank, world, device, load_questions(config, check_clips_together))
+        run = Run(
+            config, rank=rank, world=world, device=device, loaded=load_questions(config, check_clips_together)
+        )
         asked = next(run.batches())
         CALLS.update(dict.fromkeys(CALLS, 0))
         run.take_step(asked)

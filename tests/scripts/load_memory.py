@@ -26,7 +26,7 @@ def main(path, small):
     def load(folder):
         lm = empty_lm(folder)
         shard(lm, mesh, torch.float32, reshard=False)
-        return load_weights(lm, device, device)
+        return load_weights(lm, device, compute=device)
 
     load(small)  # what imports and first calls take
     before, peak, done = anonymous_bytes(), 0, threading.Event()
