@@ -99,21 +99,24 @@ def find_card(name: str, gib: float, device: torch.device) -> Card:
         properties = torch.cuda.get_device_properties(device)
         name = properties.name
         gib = properties.total_memory / 2**30
-    asked = letters(name)
-    named = [known for known in CARDS if is_named(known, asked)]
+    named = [known for known in CARDS if is_named(known, name)]
     if not named:
         return UNKNOWN
 
     def distance(known: Card) -> tuple:
-        return letters(known.name) != asked, -len(known.name), abs(known.memory - gib)
+        return letters(known.name) not in letters(name), abs(known.memory - gib)
 
     return min(named, key=distance)
 
 
-def is_named(known: Card, asked: str) -> bool:
-    """Whether "nvidiageforcertx4090" or "4090" means the card."""
-    base = letters(known.name.split("-")[0])
-    return len(asked) > 1 and (base in asked or asked in letters(known.name))
+def is_named(known: Card, name: str) -> bool:
+    """Whether "NVIDIA GeForce RTX 4090" or "4090" means the card: a whole word does, so an L40 is no L4."""
+    name = name.lower()
+    name = name.replace("rtx", " ")
+    name = name.replace(" ada", "ada")
+    base, *_ = known.name.lower().split("-")
+    base = base.removeprefix("rtx")
+    return base in re.split("[ -]", name)
 
 
 def letters(name: str) -> str:
@@ -207,6 +210,7 @@ class Work:
     memory: float  # bytes of each GPU that can be used
     host_memory: float  # bytes available on this node
     lora: int = 0  # the pairs' rank
+    base_files: float = 0  # bytes of the base's weights on the disk
 
     @property
     def trained(self) -> int:
@@ -238,7 +242,8 @@ def lasting_bytes(work: Work, layout: Layout) -> dict[str, float]:
         base = size * sizes.whole
         if layout.reshard:
             base /= work.gpus
-        return {"base": base, "pairs, their gradients and moments": 16 * work.trained}
+        # In fp32, and once more as they compute.
+        return {"base": base, "pairs, their gradients and moments": (16 + size) * work.trained}
     lasting = {
         "weights, fp32 shards": 4 * sizes.whole / work.gpus,
         "gradients, fp32 shards": 4 * sizes.trained / work.gpus,
@@ -266,54 +271,46 @@ def gpu_bytes(work: Work, layout: Layout) -> dict[str, float]:
 def moments(work: Work, layout: Layout) -> dict[str, dict[str, float]]:
     """What lies on each GPU in the rollout, at the loss, at the first and the last group of the backward."""
     sizes = work.sizes
-    size = work.dtype.itemsize
     kept = {}
     for what, value in lasting_bytes(work, layout).items():
         if not on_host(what, layout):
             kept[what] = value
     gradients = kept.pop("gradients, fp32 shards", 0.0)
-    sharded = work.gpus > 1 or size < 4 or layout.offload == "all"
-    if work.lora:
-        sharded = layout.reshard
-    whole = size * sizes.whole * sharded
-    vocabulary = max(sizes.embedding, sizes.head) * sharded
-    # A group on its way: the buffer it is gathered into, or its fp32 from the host; the one before is kept.
-    gathering = size * (vocabulary + sizes.largest * sharded)
-    if layout.offload == "all":
-        gathering += 4 * vocabulary / work.gpus
-    reducing = (
-        (4 + 4 / work.gpus) * vocabulary * (not work.lora)
-    )  # in fp32, and this process's part of the sum
-    if work.gpus > 1:
-        reducing += size * vocabulary * (not work.lora)  # and as it was computed
+    whole, vocabulary, gathering, reducing = group_bytes(work, layout)
     through = whole
+    through_backward = whole
+    last_gather = 0.0  # the vocabulary's, when no logits are there yet
     if layout.reshard:
-        through = size * vocabulary  # the group that is used
+        through = vocabulary  # the group that is used
+        through_backward = vocabulary * (work.gpus > 1)  # the last buffer, later groups; one process has none
+        last_gather = through + gathering - through_backward
     held = through
     if layout.gathered_rollout:
         held = whole
     repeated = work.passes(layout) * work.config.updates > 1  # gradients are there from the first pass on
-    activations, logits = activation_bytes(work, layout)
+    for_backward, again = activation_bytes(work, layout)
+    logits, with_gradient = logits_bytes(work, layout)
+    share = sizes.largest / max(sizes.embedding, sizes.head)
+    a_layer = again + share * (reducing + vocabulary)
     rollout = {
         "gathered weights": held,
         "keys, values and drawing": rollout_bytes(work, layout),
         "group being gathered": gathering,
     }
     loss = {
-        "gathered weights": through,
-        "activations": activations,
-        "logits": logits,
+        "gathered weights": through_backward,
+        "activations": for_backward,
         "gradients, fp32 shards": gradients * repeated,
-        "group being gathered": gathering * layout.reshard,
+        "logits, or the last group being gathered": max(logits, last_gather),
     }
     backward = {
-        "gathered weights": through,
-        "activations": activations,
+        "gathered weights": through_backward,
+        "activations": for_backward,
         "gradients, fp32 shards": gradients * repeated,
-        "gradients being reduced": reducing,
+        "gradients being reduced, or the logits'": max(reducing, a_layer, with_gradient),
     }
     end = {
-        "gathered weights": through,
+        "gathered weights": through_backward,
         "gradients, fp32 shards": gradients,
         "gradients being reduced": reducing,
     }
@@ -321,25 +318,61 @@ def moments(work: Work, layout: Layout) -> dict[str, dict[str, float]]:
     return {moment: {**kept, **part} for moment, part in parts.items()}
 
 
+def group_bytes(work: Work, layout: Layout) -> tuple[float, float, float, float]:
+    """What all gathered weights take, the largest group of them, its gathering, its gradients' reduction."""
+    sizes = work.sizes
+    size = work.dtype.itemsize
+    sharded = work.gpus > 1 or size < 4 or layout.offload == "all"
+    if work.lora:
+        sharded = layout.reshard
+    if not sharded:
+        return 0.0, 0.0, 0.0, 0.0
+    largest = max(sizes.embedding, sizes.head)
+    whole = size * sizes.whole
+    gathering = size * largest  # the buffer it is gathered into
+    reducing = (4 + 4 / work.gpus) * largest  # in fp32, and this process's part of the sum
+    if work.gpus > 1:
+        gathering += size * sizes.largest  # the buffer before is kept
+        reducing += size * largest  # and as it was computed
+    elif layout.offload == "all":
+        gathering = 4 * largest  # in fp32 from the host
+    if work.lora:
+        reducing = 0.0
+    return whole, size * largest, gathering, reducing
+
+
 def activation_bytes(work: Work, layout: Layout) -> tuple[float, float]:
-    """(kept for the backward, for the logits) of one pass, with answers of full length."""
+    """(kept for the backward, of a layer that is computed again) of one pass, with answers of full length."""
     text = work.sizes.text
     audio = work.sizes.audio
     size = work.dtype.itemsize
     answers = work.config.group_size * (work.config.max_new_tokens - 1)
     tokens = work.prompt(TEXT) + answers
-    one_layer = (13 * text.hidden_size + 4 * text.intermediate_size) * size
-    per_token = one_layer * text.num_hidden_layers
+    states = 13  # of the hidden size, that a layer keeps
+    if work.lora:
+        states = 10  # what is frozen keeps no inputs
+    one_layer = tokens * (states * text.hidden_size + 4 * text.intermediate_size) * size
+    total = text.num_hidden_layers * one_layer
+    again = 0.0
     if layout.checkpointing:
-        per_token = size * text.hidden_size * text.num_hidden_layers + one_layer
-    total = tokens * per_token
-    if audio is not None:
+        total = text.num_hidden_layers * tokens * text.hidden_size * size
+        again = one_layer
+    total += 10 * tokens * text.hidden_size * size  # around the last norm
+    if audio is not None and not work.lora:
         per_position = (9 * audio.d_model + 2 * audio.encoder_ffn_dim) * size * audio.encoder_layers
         if layout.checkpointing:
             per_position = size * audio.d_model * audio.encoder_layers
         total += 50 * work.clip_seconds * per_position
-    logits = (4 + 4 + 4 + size) * (answers + 1) * text.vocab_size
-    return layout.questions_per_pass * total, layout.questions_per_pass * logits
+    return layout.questions_per_pass * total, layout.questions_per_pass * again
+
+
+def logits_bytes(work: Work, layout: Layout) -> tuple[float, float]:
+    """(at the loss, as the backward begins): in fp32 their softmax as well, and then the gradient."""
+    row = 4 * work.sizes.text.vocab_size
+    rows = work.config.group_size * (work.config.max_new_tokens - 1) + 1
+    rows *= layout.questions_per_pass
+    entropy = 3 * 64 * row  # of 64 rows at a time
+    return 2 * rows * row + entropy, 3 * rows * row
 
 
 def rollout_bytes(work: Work, layout: Layout) -> float:
@@ -364,7 +397,7 @@ def seconds_of(work: Work, layout: Layout) -> dict[str, float]:
     if config.prompt == "direct":
         answer = min(answer, USUAL_ANSWER)
     decoding = min(config.max_new_tokens, answer + 2) - 1  # the longest decides; the prompt gives the first
-    compute, launches = compute_seconds(work, layout, answer, decoding)
+    compute, launches = compute_seconds(work, layout, answer=answer, decoding=decoding)
     gather = gathering_seconds(work, layout, decoding)
     if work.gpus > 1:  # on a stream of its own, beside the compute
         gather -= 0.5 * min(gather, compute + launches)
@@ -383,7 +416,7 @@ def seconds_of(work: Work, layout: Layout) -> dict[str, float]:
     }
 
 
-def compute_seconds(work: Work, layout: Layout, answer: int, decoding: int) -> tuple[float, float]:
+def compute_seconds(work: Work, layout: Layout, *, answer: int, decoding: int) -> tuple[float, float]:
     """(compute, launches). A phase takes what its arithmetic, its memory or the launching of its kernels
     takes, whichever is longest; `launches` is what launching adds to the others.
     """

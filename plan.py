@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 import fsdp
-from cost import Layout, Work, find_card, gpu_bytes, lasting_bytes, on_host, seconds_of, sizes_of
+from cost import UNKNOWN, Layout, Work, find_card, gpu_bytes, lasting_bytes, on_host, seconds_of, sizes_of
 from files import InputError
 from weights import empty_model, find_model
 
@@ -62,11 +63,41 @@ def make_plan(work: Work, layout: Layout) -> Plan:
     checkpoint = 4 * work.sizes.whole + 8 * work.sizes.trained
     if work.lora:
         checkpoint = 12 * work.trained
-    disk = {
-        "checkpoints": (work.config.keep + 1) * checkpoint,
-        "final model": work.dtype.itemsize * work.sizes.whole,
-    }
+    disk = folders_on_disk(work)
+    disk["checkpoints"] = (work.config.keep + 1) * checkpoint
     return Plan(layout, gpu_bytes(work, layout), host, disk, seconds_of(work, layout), lasting, work)
+
+
+def base_files(name: str) -> float:
+    """Bytes of a model's weights on this disk; 0 of a hub's that is not here yet."""
+    folder = Path(name)
+    if not folder.is_dir():
+        config = try_to_load_from_cache(name, "config.json")
+        if not isinstance(config, str):
+            return 0.0
+        folder = Path(config).parent
+    total = 0.0
+    for path in folder.glob("*.safetensors"):
+        total += path.stat().st_size
+    return total
+
+
+def folders_on_disk(work: Work) -> dict[str, float]:
+    """What the run leaves: the last model and those of --save_model_every, or the pairs, or both."""
+    config = work.config
+    count = 1
+    if config.save_model_every:
+        count = math.ceil(config.steps / config.save_model_every)
+    model = work.dtype.itemsize * work.sizes.whole
+    if config.model_only is None:  # what was not loaded is copied from the base
+        model = max(model, work.base_files)
+    if work.lora and config.save_merged == "off":
+        model = 0.0
+    adapter = 4 * work.lora * work.sizes.pairs_of_rank_1
+    return {
+        "model folders": count * model,
+        "adapters": count * adapter,
+    }
 
 
 # ------------------------------------------------------------------------------------------------- choosing
@@ -87,13 +118,16 @@ def layouts(work: Work) -> list[list[Layout]]:
         offloads.append(("all", True))
     if work.lora:
         offloads = [("off", False)]
+    reshards = switches[config.reshard]
+    if work.lora and work.gpus == 1:
+        reshards = (False,)  # the frozen base is sharded among several or not at all
     counts = [config.questions_per_pass]
     if not config.questions_per_pass:  # as even as can be: 8, 4, 3, 2, 1
         even = {math.ceil(work.questions / passes) for passes in range(1, work.questions + 1)}
         counts = sorted(even, reverse=True)
     kinds = []
     for checkpointing in switches[config.checkpointing]:
-        for reshard in switches[config.reshard]:
+        for reshard in reshards:
             for place, reference in offloads:
                 kind = []
                 for count in counts:
@@ -124,7 +158,9 @@ def choose_plan(
     if config.gpu_memory:
         memory = USABLE * GIB * config.gpu_memory
     elif config.gpu:
-        memory = USABLE * GIB * (card.memory or math.inf)
+        if card is UNKNOWN:
+            raise InputError(f"--gpu {config.gpu}: not in cost.py's list, so give --gpu_memory as well")
+        memory = USABLE * GIB * card.memory
     elif device.type == "cuda":
         memory = USABLE * torch.cuda.get_device_properties(device).total_memory
     host_memory = math.inf  # --plan's machine may be another
@@ -138,6 +174,7 @@ def choose_plan(
     if sizes.audio is None:
         clip_seconds = 0.0
     work = Work(sizes, config, gpus, dtype, clip_seconds, card, memory, host_memory, config.lora)
+    work = replace(work, base_files=base_files(config.model))
     plans = best_plans(work)
     if memory == math.inf:  # a CPU's, or not known: nothing has to be given up
         plans = plans[:1]
@@ -181,17 +218,22 @@ def refusal(plans: list[Plan]) -> str:
     return f"does not fit: {closest.why_not()}, even with {closest.layout}; what would: {' or '.join(would)}"
 
 
-def available_host_memory() -> float:
+def available_host_memory(root: Path = Path("/")) -> float:
     """Bytes that this machine, or the container that this is, has left."""
     available = math.inf
+    container = root / "sys/fs/cgroup"
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 available = 1024 * int(line.split()[1])
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text()
+        limit = (container / "memory.max").read_text().strip()
+        used = int((container / "memory.current").read_text())
+        for line in (container / "memory.stat").read_text().splitlines():
+            name, value = line.split()
+            if name == "inactive_file":  # files that were read: freed when memory is wanted
+                used -= int(value)
         if limit != "max":
-            available = min(available, int(limit) - int(used))
+            available = min(available, int(limit) - used)
     except (OSError, ValueError):
         pass  # not a Linux that tells, or no container
     return available
@@ -208,6 +250,8 @@ def print_plan(config: argparse.Namespace) -> None:
         raise InputError(f"--replicas {config.replicas} does not divide the {gpus} GPUs")
     if config.accumulation:
         config.batch = config.accumulation * gpus
+    if config.batch % gpus:
+        raise InputError(f"--batch {config.batch} cannot be shared by {gpus} GPUs: give a multiple")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda")

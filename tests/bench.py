@@ -157,7 +157,7 @@ class Published:
 
 
 def plain_loss(logps, ref_logps, group):
-    advantages = torch.arange(group).float() % 2 * 2 - 1
+    advantages = torch.arange(group, device=logps.device).float() % 2 * 2 - 1
     kl = (ref_logps - logps).exp() - (ref_logps - logps) - 1
     return -((logps - logps.detach()).exp() * advantages[:, None] - 0.04 * kl).mean()
 
@@ -205,7 +205,7 @@ class Floor(Ours):
                 said.append(logits.argmax(-1).unsqueeze(0))
                 if step < NEW_TOKENS:
                     positions = torch.full((1, group), int(lengths) + step - 1)
-                    mask = decoding_mask(lengths, group, step)
+                    mask = decoding_mask(lengths, group, tokens=step)
                     logits = lm(Tokens(said[-1], positions, mask, rows, columns), cache)
         responses = list(torch.stack(said, -1)[0])
         logps, _ = lm.log_probs(self.prompt, responses)

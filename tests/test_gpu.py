@@ -1,6 +1,7 @@
 """What a CPU can prove of a run on GPUs: bf16, the collectives of a step, no tensor on the wrong device."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_train import arguments, environment, kill_and_resume, log, train, train_here, weights
 
+import bench
+import fsdp
 import tiny
 from data import read_questions
+from files import InputError
 from model import empty_lm, load_weights
 from plan import choose_plan
 from train import Run
@@ -132,7 +137,7 @@ def test_what_computes_is_all_on_the_accelerator(family, audio, tmp_path, monkey
     """
     world = tmp_path / "world"
     tiny.make_world(world, family, effort=0, sizes={"train": 2, "arc": 1, "mmau": 1, "mmar": 1})
-    lm = load_weights(empty_lm(world / "model", torch.bfloat16, audio), "cpu", "meta")
+    lm = load_weights(empty_lm(world / "model", torch.bfloat16, audio), "cpu", compute="meta")
     for module in lm.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -153,6 +158,57 @@ def test_what_computes_is_all_on_the_accelerator(family, audio, tmp_path, monkey
     assert lm.model.lm_head.weight.grad.device.type == "meta"
 
 
+def test_the_published_styles_loss_is_on_the_models_device():
+    logps = torch.zeros(4, 3, device="meta", requires_grad=True)
+    bench.plain_loss(logps, logps.detach(), 4).backward()
+    assert logps.grad.device.type == "meta"
+
+
+# ---------------------------------------------------------------------------------- what a process sets itself
+
+
+def test_a_process_with_a_gpu_has_its_share_of_the_cores_whatever_torchrun_says(monkeypatch):
+    """An optimizer in host memory wants them, and torchrun sets OMP_NUM_THREADS=1."""
+    said = {}
+    for name, value in {"RANK": 3, "LOCAL_RANK": 3, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    accelerator = torch.accelerator
+    monkeypatch.setattr(accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(accelerator, "set_device_index", lambda index: said.update(index=index))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: said.update(threads=count))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: said.update(backend=backend))
+    monkeypatch.setattr(fsdp, "be_deterministic", lambda: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 30)
+    if hasattr(os, "sched_getaffinity"):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(30)))
+    assert fsdp.start_processes() == (3, 8, torch.device("cuda", 3))
+    assert said == {"index": 3, "threads": 7, "backend": "cpu:gloo,cuda:nccl"}
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(InputError, match="more than the 4 GPUs"):
+        fsdp.start_processes()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_where_the_gpu_computes_in_it_not_where_it_is_emulated(native, monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
+    )
+    expected = torch.bfloat16 if native else torch.float32
+    assert fsdp.compute_dtype("auto", torch.device("cuda")) == expected
+    assert fsdp.compute_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16
+    assert fsdp.compute_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_cudnns_attention_is_off_for_it_plans_anew_for_every_shape(monkeypatch):
+    said = []
+    for name in ("use_deterministic_algorithms", "backends.cuda.enable_cudnn_sdp"):
+        monkeypatch.setattr(f"torch.{name}", lambda on, name=name: said.append((name, on)))
+    fsdp.be_deterministic()
+    assert said == [("use_deterministic_algorithms", True), ("backends.cuda.enable_cudnn_sdp", False)]
+
+
 # ------------------------------------------------------------------------------------------- the GPU's script
 
 
@@ -160,7 +216,7 @@ def test_what_computes_is_all_on_the_accelerator(family, audio, tmp_path, monkey
 def test_what_a_gpu_is_tested_with_runs_on_a_cpu(world, tmp_path):
     out = tmp_path / "gpu.md"
     done = subprocess.run(
-        [sys.executable, "tests/gpu.py", "--size", "tiny", "--world", world, "--out", out, "--minutes", "1"],
+        [sys.executable, "tests/gpu.py", "--size", "tiny", "--world", world, "--out", out, "--minutes", "2"],
         cwd=ROOT, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout

@@ -256,7 +256,10 @@ def test_a_step_takes_less_memory_and_time_than_the_full_runs(tmp_path):
         )  # fmt: skip
         found[rank] = json.loads(done.stdout.splitlines()[-1])
     assert found[0]["mb"] >= 2.5 * found[16]["mb"]
-    assert found[0]["seconds"] >= 1.1 * found[16]["seconds"]
+    ratio = found[0]["seconds"] / found[16]["seconds"]
+    print(f"seconds of a step, full / LoRA: {ratio:.2f}")
+    # The goal is 1.3, and 1.44 was found; the two do not run at once, so the load may differ.
+    assert ratio >= 1.2, ratio
 
 
 # -------------------------------------------------------------------------------------------------- bad input

@@ -36,8 +36,11 @@ def dimensions(name: str) -> dict:
 def checkpoint(folder: Path, config: dict) -> Path:
     """A checkpoint's folder without its weights."""
     folder.mkdir(parents=True, exist_ok=True)
+    ids, _ = tiny.write_tokenizer(folder)
+    config = json.loads(json.dumps(config))
+    inner = config.get("thinker_config", config)
+    inner["audio_token_index"] = ids["<|AUDIO|>"]
     (folder / "config.json").write_text(json.dumps(config))
-    tiny.write_tokenizer(folder)
     WhisperFeatureExtractor(feature_size=128, chunk_length=300).save_pretrained(folder)
     return folder
 
@@ -101,6 +104,9 @@ def test_options_pin_what_the_plan_would_choose(models):
         ("NVIDIA A100-PCIE-40GB", 39.4, "A100-40"), ("NVIDIA H100 80GB HBM3", 79.1, "H100"),
         ("NVIDIA L40S", 44.4, "L40S"), ("NVIDIA L4", 22.0, "L4"), ("NVIDIA GeForce RTX 4090", 23.5, "RTX4090"),
         ("NVIDIA RTX 6000 Ada Generation", 47.5, "6000Ada"), ("4090", 0, "RTX4090"), ("a100-80", 0, "A100-80"),
+        ("rtx4090", 0, "RTX4090"), ("A100-80GB", 0, "A100-80"), ("A100", 0, "A100-40"), ("6000ada", 0, "6000Ada"),
+        ("NVIDIA L40", 44.5, UNKNOWN.name), ("NVIDIA A10", 22.0, UNKNOWN.name), ("H20", 0, UNKNOWN.name),
+        ("A40", 0, UNKNOWN.name), ("NVIDIA GH200 480GB", 95.0, UNKNOWN.name), ("", 0, UNKNOWN.name),
     ],
 )  # fmt: skip
 def test_a_card_is_found_by_the_drivers_name_and_by_a_persons(driver, gib, card):
@@ -141,7 +147,37 @@ def test_the_numbers_of_designs_arithmetic(models):
     assert chosen.disk["checkpoints"] / 3 == pytest.approx(100e9, rel=0.02)
 
 
+def test_the_disk_holds_what_is_saved_the_bases_other_parts_too(models, tmp_path):
+    with open(tmp_path / "model-1.safetensors", "wb") as file:
+        file.truncate(22 * 10**9)  # the hub's 7B with its talker; it takes no room
+    asked = ("--model", tmp_path, "--steps", 1000, "--save_model_every", 250)
+    loaded = 2 * cost.sizes_of(models(OMNI_7B)).whole
+    for options, size in (
+        (("--model", tmp_path), 22e9),
+        (asked, 4 * 22e9),
+        ((*asked, "--lora", 64), 4 * 22e9),
+        ((*asked, "--model_only", "thinker"), 4 * loaded),
+        ((*asked, "--lora", 64, "--save_merged", "off"), 0),
+    ):
+        assert choose(models(OMNI_7B), 1, *options).disk["model folders"] == size
+    pairs = choose(models(OMNI_7B), 1, *asked, "--lora", 64).disk["adapters"]
+    assert pairs == pytest.approx(4 * 0.65e9, rel=0.02)
+
+
 # ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("gpus", [3, 16])
+def test_a_plan_is_of_a_run_that_would_start(gpus, tmp_path):
+    folder = checkpoint(tmp_path, dimensions(OMNI_7B))
+    config = parse(f"--plan --model {folder} --world_size {gpus} --gpu H100".split())
+    with pytest.raises(InputError, match=f"--batch 8 cannot be shared by {gpus} GPUs"):
+        plan.print_plan(config)
+
+
+def test_a_card_that_is_not_listed_needs_its_memory(models):
+    with pytest.raises(InputError, match=r"--gpu A40: .* give --gpu_memory as well"):
+        choose(models(OMNI_7B), 1, "--gpu", "A40")
 
 
 def test_what_cannot_fit_is_refused_with_what_would(tmp_path, monkeypatch, capsys):
@@ -176,6 +212,20 @@ def test_the_hosts_free_memory_is_measured():
     assert 2**28 < plan.available_host_memory() < 2**50
 
 
+def test_a_containers_free_memory_is_without_the_files_that_were_read(tmp_path):
+    files = {"proc/meminfo": f"MemAvailable: {64 << 20} kB\n"}
+    group = "sys/fs/cgroup"
+    files[f"{group}/memory.max"] = f"{32 * GIB}\n"
+    files[f"{group}/memory.current"] = f"{30 * GIB}\n"
+    files[f"{group}/memory.stat"] = f"anon {9 * GIB}\ninactive_file {20 * GIB}\n"
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert plan.available_host_memory(tmp_path) == 22 * GIB
+    (tmp_path / group / "memory.max").write_text("max\n")
+    assert plan.available_host_memory(tmp_path) == 64 * GIB
+
+
 # ------------------------------------------------------------------------------------------------- LoRA
 
 
@@ -188,6 +238,9 @@ def test_lora_fits_on_small_cards_without_host_memory(models, name, gpus, memory
     chosen = choose_plan(models(name), gpus, torch.bfloat16, config, CPU)
     assert chosen.layout.offload == "off" and sum(chosen.gpu.values()) <= USABLE * memory * GIB
     assert chosen.disk["checkpoints"] < 5e9
+    assert any(other.layout.reshard for other in chosen.others) == (
+        gpus > 1
+    )  # alone there is no one to share
     config.lora = 0
     if gpus == 1 and memory <= 24:
         assert choose_plan(models(name), gpus, torch.bfloat16, config, CPU).layout.offload == "all"
@@ -243,6 +296,23 @@ def shorter(config: dict) -> dict:
 def test_a_step_takes_what_the_plan_says_a_quarter_of_the_7b(tmp_path):
     folder = checkpoint(tmp_path, shorter(dimensions(OMNI_7B)))
     check(fake_step(folder, 4, 10, "--reshard", "on", "--gpu_memory", 48))
+
+
+ONE_CARD = {
+    "LoRA, recomputed": ["--lora", "64", "--checkpointing", "on", "--questions_per_pass", "4"],
+    "LoRA, nothing given up": ["--lora", "64", "--checkpointing", "off", "--questions_per_pass", "8"],
+    "LoRA, a question a pass": ["--lora", "64", "--checkpointing", "off", "--questions_per_pass", "1"],
+    "all in host memory, the reference too": ["--gpu_memory", "12"],  # what a 4090 has for the whole 7B
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ONE_CARD)
+def test_a_step_on_one_card_takes_what_the_plan_says_a_quarter_of_the_7b(layout, tmp_path):
+    folder = checkpoint(tmp_path, shorter(dimensions(OMNI_7B)))
+    step = fake_step(folder, 1, 10, "--gpu_memory", "48", *ONE_CARD[layout])
+    check(step)
+    assert ("reference too" in step["layout"]) == ("reference too" in layout)
 
 
 MACHINES = [(4, 47.5, 10), (8, 79.2, 30), (1, 79.2, 10)]

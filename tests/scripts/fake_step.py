@@ -160,11 +160,11 @@ def shorten_rollout(policy) -> None:
     """Of the rollout run the prefill and one token; the others are made up."""
     generate = policy.generate
 
-    def short(prompts, max_new_tokens, *options):
-        generate(prompts, 2, *options)
+    def short(prompts, max_new_tokens, group_size, **named):
+        generate(prompts, 2, group_size=group_size, **named)
         with unset_fake_temporarily():
             response = torch.zeros(max_new_tokens, dtype=torch.int64)
-        return [[response] * options[0]] * len(prompts)
+        return [[response] * group_size] * len(prompts)
 
     policy.generate = short
 

@@ -1,7 +1,7 @@
 """What a step of bench.py's middle model takes: python tests/scripts/lora_cost.py FOLDER RANK (0: all weights).
 
 Prints one JSON object: "mb" (the peak above what the process had before the model was there, the system's own
-count) and "seconds" (the best of some steps, four questions with 10 s clips, G = 4).
+count) and "seconds" (the best of some steps of one question, as in bench.py, with its 10 s clip, G = 4).
 """
 
 import json
@@ -19,19 +19,15 @@ import data
 import fsdp
 import train
 
-QUESTIONS = 1
 STEPS = 6
 
 
-def rows_of_question(folder: Path) -> Path:
-    """A question file with the bench's question four times."""
+def question_file(folder: Path) -> Path:
+    """A question file with the bench's question."""
     question = bench.the_question(folder)
     path = folder / "questions.jsonl"
-    rows = []
-    for i in range(QUESTIONS):
-        row = {"id": str(i), "question": question.question, "choices": list(question.choices)}
-        rows.append(row | {"answer": question.answer, "audio_id": "clip.wav"})
-    path.write_text("\n".join(json.dumps(row) for row in rows))
+    row = {"id": "0", "question": question.question, "choices": list(question.choices)}
+    path.write_text(json.dumps({**row, "answer": question.answer, "audio_id": "clip.wav"}))
     return path
 
 
@@ -47,14 +43,14 @@ def main() -> None:
     if not folder.exists():
         bench.middle_model(Path(sys.argv[1]), "omni")
     config = train.parse(
-        ["--model", str(folder), "--data", str(rows_of_question(folder)), "--audio_dir", str(folder),
-         "--lora", sys.argv[2], "--lr", "1e-5", "--steps", str(STEPS), "--batch", str(QUESTIONS),
+        ["--model", str(folder), "--data", str(question_file(folder)), "--audio_dir", str(folder),
+         "--lora", sys.argv[2], "--lr", "1e-5", "--steps", str(STEPS), "--batch", "1",
          "--max_new_tokens", "8", "--workers", "0", "--out", str(folder)]
     )  # fmt: skip
     rank, world, device = fsdp.start_processes()
     loaded = data.load_questions(config, data.check_clips)
     before = status("VmRSS")
-    run = train.Run(config, rank, world, device, loaded)
+    run = train.Run(config, rank=rank, world=world, device=device, loaded=loaded)
     batches = run.batches()
     times = []
     for _ in range(STEPS):
