@@ -375,14 +375,14 @@ def test_two_processes_that_hear_unlike_numbers_of_windows_meet_in_every_layer(f
     folder, *_ = flamingo
     rng = np.random.default_rng(0)
     rows = []
-    for i, seconds in enumerate([1, 1, 61, 1, 1, 1, 1, 1]):
+    for i, seconds in enumerate([1, 61, 1, 1]):
         clip = rng.standard_normal(seconds * 16_000) * 0.1
         soundfile.write(tmp_path / f"{i}.wav", clip, 16_000)
         rows.append({"id": i, "question": f"What is {i}?", "choices": ["dog", "bird"], "answer": "dog"})
         rows[-1]["audio_id"] = f"{i}.wav"
     (tmp_path / "q.json").write_text(json.dumps(rows))
     options = ["--model", folder, "--data", tmp_path / "q.json", "--audio_dir", tmp_path]
-    options += ["--batch", 4, "--steps", 2, "--max_new_tokens", 4, "--group_size", 2]
+    options += ["--batch", 4, "--steps", 1, "--max_new_tokens", 2, "--group_size", 2]
     pair.train(tmp_path / "two", *options, "--reshard", "on")
     log = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
     assert json.loads(log[0])["kl"] == 0.0

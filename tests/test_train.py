@@ -284,7 +284,7 @@ def test_variants_are_the_same_on_two_processes_and_two_updates_make_the_clip_wo
     assert any(row["clip_ratio"] > 0 for row in log(tmp_path / "r1"))
 
 
-@pytest.mark.parametrize("kind", ["qwen2audio", "omni", "omni with LoRA"])
+@pytest.mark.parametrize("kind", ["qwen2audio", "omni with LoRA"])
 def test_processes_whose_groups_teach_unlike_numbers_meet_in_every_collective(
     world, world_qwen2audio, pair, kind, tmp_path
 ):
@@ -292,7 +292,9 @@ def test_processes_whose_groups_teach_unlike_numbers_meet_in_every_collective(
     reward = tmp_path / "mine.py"
     reward.write_text("def odd(response, answer, choices): return len(response) * (len(answer) % 2)")
     where = world_qwen2audio if kind == "qwen2audio" else world
-    options = arguments(where, beta=0, reshard="on", reward=f"{reward}:odd", lora=4 * ("LoRA" in kind))
+    options = arguments(
+        where, beta=0, reshard="on", reward=f"{reward}:odd", lora=4 * ("LoRA" in kind), steps=3
+    )
     pair.train(tmp_path / "r2", *options)
     assert train_here(tmp_path / "r1", *options) == 0
     rows, others = log(tmp_path / "r1"), log(tmp_path / "r2")
