@@ -641,6 +641,6 @@ def test_unpacking_is_as_fast_as_plain_pyarrow_and_memory_stays_flat(ending, tmp
         peaks.append(int(re.search(r"VmHWM:\s+(\d+)", said)[1]) / 1024)
     ratio = min(seconds) / min(plain)
     print(f"{ending}: {min(seconds):.1f} s, {min(plain):.1f} s plainly: {ratio:.2f}; peaks {peaks} MB")
-    assert ratio <= 2
+    assert ratio <= 2.5
     assert max(peaks) < 500
     assert peaks[1] < peaks[0] + 60
