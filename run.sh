@@ -5,7 +5,7 @@
 #   bash run.sh NAME...       one stage or several; `fetch` fetches what the others named with it need
 #   bash run.sh plan [NAME...]  what it will take: GB, hours, dollars; refuses where the disk is too small
 #   bash run.sh list          the stages and the rows of the paper's tables that each fills
-#   bash run.sh demo          the whole pipeline at toy scale on a CPU, about 5 minutes; sets itself up
+#   bash run.sh demo          the whole pipeline at toy scale on a CPU, 6 to 10 minutes; sets itself up
 #   bash run.sh test [slow | gpu] [options]   the tests; sets itself up
 #
 # Environment: GPUS (per node, default as found), NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, DATA (data), RESULTS
