@@ -38,7 +38,7 @@ RATE = 16_000
 LOWEST_RATE = 1_000
 HIGHEST_RATE = 384_000
 MOST_CHANNELS = 64
-LONGEST_TEXT = 20_000  # characters of a question with its choices; real ones have a few hundred
+LONGEST_TEXT = 20_000  # characters of a question, and of its choices together; real ones have a few hundred
 LONGEST_NAME = 1_000  # characters of an id or a clip's name
 MOST_CHOICES = 64  # the real ones have 2 to 8
 MOST_EVALUATED = 200  # questions of --eval_data: their 95 % interval is about 7 points to either side
@@ -77,8 +77,6 @@ def read_rows(path: Path | str) -> tuple[list, bool]:
 
     Raises InputError for a file that is missing, not UTF-8, or a list that is cut off.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"cannot read {path}: a folder or pipe, not a regular file")
     text = read_text(path)
     if text.lstrip().startswith("["):
         try:

@@ -442,7 +442,7 @@ def generate(args: argparse.Namespace, captions: Captions) -> None:
     client = ChatClient(args.url, args.model, tries=args.tries, timeout=args.timeout)
     ledger = Ledger(args)
     if args.keep_shortest:
-        collections.deque(own_rows(beside(args.out, "shortest.jsonl"), DONE_KEYS), maxlen=0)
+        list(own_rows(beside(args.out, "shortest.jsonl"), DONE_KEYS))  # InputError if it is not ours
     mend_end(ledger.out)
     mend_end(ledger.rejected)
     if args.retry_rejected:

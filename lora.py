@@ -96,7 +96,13 @@ class Hearing:
             self.heard[id(clip)] = piece
 
 
-def attach(lm: AudioLM, rank: int, alpha: float, *, seed: int = 0) -> Pairs:
+def attach(
+    lm: AudioLM,
+    rank: int,
+    alpha: float,
+    *,
+    seed: int = 0,
+) -> Pairs:
     """Freeze a model whose weights are read, sharded or not; add fp32 pairs, whole in each process."""
     lm.requires_grad_(False)
     pairs = Pairs(lm, rank, alpha)
@@ -186,9 +192,7 @@ def check_base(folder: Path, named: str, *, base: Path) -> None:
     """Compare the adapter's base with the model's folder: the same one or, elsewhere, one of its name."""
     place = base.resolve()
     in_cache = "models--" + named.replace("/", "--")
-    same = in_cache in place.parts
-    if place.name == Path(named).name:
-        same = True
+    same = place.name == Path(named).name or in_cache in place.parts
     if Path(named).is_dir():
         same = base.samefile(named)
     if not same:

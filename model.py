@@ -608,7 +608,7 @@ def hear_whisper(
     mask = None
     if min(lengths) < longest:
         is_heard = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
-        mask = is_heard[:, None, None].expand(-1, 1, longest, -1).to(device)
+        mask = is_heard.to(device)[:, None, None].expand(-1, 1, longest, -1)
     for layer in tower.layers:
         x = layer(x, attention_mask=mask)
     x = tower.avg_pooler(x.transpose(1, 2))

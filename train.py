@@ -669,7 +669,8 @@ def train(config: argparse.Namespace) -> int:
     out = Path(config.out)
     held = fsdp.hold(out)
     loaded = load_questions(config, check_clips_together)
-    if is_finished(config, settings(config, loaded)):
+    now = settings(config, loaded)
+    if is_finished(config, now):
         return 0
     run = Run(config, rank=rank, world=world, device=device, loaded=loaded)
     run.resume()
@@ -678,7 +679,7 @@ def train(config: argparse.Namespace) -> int:
         signal.signal(number, stop)
     journal = None
     if rank == 0:
-        kept = {**vars(config), "settings": settings(config, loaded)}
+        kept = {**vars(config), "settings": now}
         write_text(out / "config.json", json.dumps(kept, indent=1))
         log.info("settings: %s", run.fingerprint)
         journal = Journal(out, run.step, vars(config), config.wandb)

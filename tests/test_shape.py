@@ -137,6 +137,10 @@ def test_the_readmes_links_point_at_what_they_name():
         assert (ROOT / link).exists(), link
 
 
+def test_the_readme_has_no_blank_to_be_filled_in():
+    assert not re.findall(r"^(?:[A-Z]{3,}|TODO.*)$", (ROOT / "README.md").read_text(), re.M)
+
+
 def test_nothing_is_unpickled_and_no_remote_code_is_trusted():
     for file in FILES:
         source = file.read_text()
