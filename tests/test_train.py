@@ -25,9 +25,10 @@ import fsdp
 import tiny
 from conftest import DATA
 from data import check_clips, load_questions, read_questions
+from files import InputError
 from grpo import group_advantages
 from reward import accuracy_reward
-from train import Run, main, parse
+from train import Run, main, parse, set_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5
@@ -560,6 +561,18 @@ def intact(out):
     torch.distributed.destroy_process_group()
     torch.use_deterministic_algorithms(False)
     return found and found.name
+
+
+def test_a_steps_questions_are_shared_evenly_or_not_at_all():
+    for world in (1, 2, 4, 8):
+        config = parse([])
+        set_batch(config, world)
+        assert config.batch == 8
+    with pytest.raises(InputError, match="--batch 8 cannot be shared by 3 processes"):
+        set_batch(parse([]), 3)
+    config = parse(["--accumulation", "2"])
+    set_batch(config, 3)
+    assert config.batch == 6
 
 
 BAD_ARGUMENTS = {
