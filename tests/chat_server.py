@@ -65,6 +65,7 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.requests.append((time.monotonic(), self.headers.get("Authorization"), body))
+        server.open.wait()
         time.sleep(server.latency)
         if server.always:
             return self.reply(*server.always)
@@ -158,6 +159,8 @@ class ChatServer(ThreadingHTTPServer):
         self.random = random.Random(seed)
         self.ways = ["pause", "busy", "error", "truncated", "cut", "reset", "hang"]
         self.requests = []
+        self.open = threading.Event()  # while it is clear, requests are counted and wait for their answers
+        self.open.set()
         self.url = f"http://127.0.0.1:{self.server_port}/v1/chat/completions"
 
     def handle_error(self, request: Any, client_address: Any) -> None:

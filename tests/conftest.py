@@ -57,6 +57,27 @@ def world_qwen2audio():
     return make_once("qwen2audio", 0.1)
 
 
+@contextlib.contextmanager
+def time_limit(seconds):
+    def fail(*_):
+        raise AssertionError(f"not done in {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_hangs(request):
+    """What waits for ever fails its own test, and the rest run."""
+    with time_limit(3600 if request.node.get_closest_marker("slow") else 600):
+        yield
+
+
 def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))

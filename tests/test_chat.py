@@ -108,12 +108,16 @@ def test_a_compressed_reply_is_read_and_a_bomb_is_not_unpacked(serve, quick, mon
 
 def test_a_pause_that_the_server_asks_for_holds_for_all_and_is_said_once(serve, caplog, quick):
     server = serve(always=(429, {"error": "slow"}, {"Retry-After": "3600"}))
+    server.open.clear()  # all four have asked before the first is told to wait
     client = ChatClient(server.url, "m", tries=3)
     answers = []
     workers = [threading.Thread(target=lambda: answers.append(client.complete(ASK)[0])) for _ in range(4)]
     with caplog.at_level(logging.WARNING):
         for worker in workers:
             worker.start()
+        while len(server.requests) < 4:
+            time.sleep(0.01)
+        server.open.set()
         while client.retries < 4:
             time.sleep(0.01)
     assert client.paused_until > time.monotonic() + 3590
@@ -122,7 +126,7 @@ def test_a_pause_that_the_server_asks_for_holds_for_all_and_is_said_once(serve, 
     assert "asks for a pause of 3600 seconds" in caplog.text
     client.paused_until = 0.0  # the hour is over
     for worker in workers:
-        worker.join(10)
+        worker.join(60)
     assert answers == ["fine"] * 4 and len(server.requests) == 8
 
 

@@ -143,7 +143,7 @@ def test_batch_size_processes_a_kill_and_ctrl_c_change_nothing(world, mmau, whol
     def kept():
         return sum(len(part.read_text().splitlines()) for part in parts_of(out))
 
-    job, deadline = start(arguments), time.time() + 60
+    job, deadline = start(arguments), time.time() + 300
     while kept() < 20:
         assert job.poll() is None and time.time() < deadline
         time.sleep(0.005)

@@ -432,7 +432,7 @@ def test_a_second_start_names_the_first_and_touches_nothing(tmp_path, serve):
     assert first.poll() is None
     assert second.returncode == 2 and f"held by process {first.pid}" in second.stderr and not spy.requests
     first.send_signal(signal.SIGINT)
-    assert first.wait(10) == 2
+    assert first.wait(60) == 2
     assert len({row["id"] for row in rows(out)}) == len(rows(out)) > 0
     with open(f"{out}.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back
