@@ -26,6 +26,8 @@ DATA = Path(os.environ.get("OMNI_R1_DATA", HERE.parent.parent / "shared" / "data
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2 * 2))
+# In a shell's background Ctrl-C is ignored, and would be by all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_once(family, effort):
