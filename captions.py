@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from files import InputError, parse_json, read_text
+from files import InputError, as_object, parse_json, read_text
 
 CLIP = r"\S+_\d+(_\d+)?(\.\w+)?"  # a clip's name: YouTube id, start second, perhaps its end
 PUBLISHED = [  # names of the columns of A1 to A4
@@ -33,7 +33,7 @@ def table_rows(path: Path | str) -> Iterator[dict]:
         raise InputError(f"{path}: there is no such file")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            first = file.read(1)
+            first = file.read(1000).lstrip()[:1]
             file.seek(0)
             if first == "[":
                 for row in parse_json(read_text(path)):
@@ -46,18 +46,6 @@ def table_rows(path: Path | str) -> Iterator[dict]:
                 yield from csv_rows(file)
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a CSV or JSON table: {error}") from None
-
-
-def as_object(row: Any) -> dict:
-    """A JSON object, or its text, as a dict; {} for anything else."""
-    if isinstance(row, str):
-        try:
-            row = parse_json(row)
-        except ValueError:
-            return {}
-    if not isinstance(row, dict):
-        return {}
-    return row
 
 
 def csv_rows(file: Iterable[str]) -> Iterator[dict]:

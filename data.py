@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import soundfile
 
-from files import InputError, parse_json, read_text, sha256
+from files import InputError, first_line, parse_json, read_text, sha256
 
 log = logging.getLogger("omni_r1")
 
@@ -216,7 +216,7 @@ def questions_hash(questions: list[Question]) -> str:
     """Another one where a text, a choice, an answer or a clip's name is."""
     rows = []
     for question in questions:
-        clip = os.path.basename(question.audio or "")
+        clip = Path(question.audio or "").stem  # a converted clip is the same clip
         rows.append([question.id, question.question, question.choices, question.answer, clip])
     return sha256(json.dumps(rows).encode())
 
@@ -447,10 +447,6 @@ def load_audio(path: Path | str, max_seconds: float | None = None) -> np.ndarray
     if not np.isfinite(mono).all():  # looked at last: sums of huge samples overflow
         raise InputError(f"{path}: has samples that are not finite")
     return np.clip(mono, -1, 1)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # --------------------------------------------------------------------------------------------- resampling

@@ -315,9 +315,8 @@ def answer_locally(job: Evaluation, lm: AudioLM, todo: list[int], bar: tqdm) -> 
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = max(1, min(8, os.cpu_count() // processes))
     batches = Batches(job.batches, lm.prompts, job.args.audio)
-    options = {"num_workers": workers, "worker_init_fn": fsdp.ignore_signals}
     with ctrl_c_remembered() as ctrl_c:
-        for batch in DataLoader(batches, None, sampler=todo, **options):
+        for batch in DataLoader(batches, None, sampler=todo, **fsdp.loader_options(workers)):
             rows = []
             readable = []
             for item in batch:

@@ -38,7 +38,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from data import read_rows
-from files import InputError, one_writer, parse_json, read_text, write_text
+from files import InputError, as_object, one_writer, read_text, write_text
 from sets import CONVERT, SETS, SOUNDS, Source, clip_key, clip_name, inside, source_of, stem
 
 MAX_BAD = 0.1  # share of a set that may be missing or broken
@@ -291,12 +291,9 @@ def start_from(name: str, source: Source, options: argparse.Namespace) -> tuple[
 def read_notes(path: Path) -> dict:
     """What an earlier start wrote there; {} if that is nothing that a fetch writes."""
     try:
-        notes = parse_json(path.read_text("utf-8"))
+        return as_object(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    if not isinstance(notes, dict):
-        return {}
-    return notes
 
 
 def read_done(folder: Path, limit: int, commit: str) -> dict[str, dict]:
@@ -306,12 +303,9 @@ def read_done(folder: Path, limit: int, commit: str) -> dict[str, dict]:
     if not record.exists():
         return done
     for line in read_text(record).split("\n"):
-        try:
-            row = parse_json(line)
-            if row["limit"] == limit and row["commit"] == commit:
-                done[row["file"]] = row
-        except MALFORMED:
-            continue
+        row = as_object(line)
+        if "file" in row and row.get("limit") == limit and row.get("commit") == commit:
+            done[row["file"]] = row
     return done
 
 

@@ -52,6 +52,18 @@ def parse_json(text: str) -> Any:
     raise ValueError("nested too deeply")
 
 
+def as_object(row: Any) -> dict:
+    """A JSON object, or its text, as a dict; {} for anything else."""
+    if isinstance(row, str):
+        try:
+            row = parse_json(row)
+        except ValueError:
+            return {}
+    if not isinstance(row, dict):
+        return {}
+    return row
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write beside the name, then rename: a reader, or a kill, never meets half a file."""
     scratch = Path(f"{path}.writing")
@@ -59,8 +71,25 @@ def write_text(path: Path | str, text: str) -> None:
     scratch.replace(path)
 
 
+def first_line(error: Exception) -> str:
+    """What a library says is wrong, which may be a page or nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def refuse_changes(out: Path, *, then: dict, now: dict) -> None:
+    """InputError where what `out` holds was made with other settings than these."""
+    now = json.loads(json.dumps(now))
+    changed = []
+    for name in now:
+        if then.get(name) != now[name]:
+            changed.append(f"{name}: {then.get(name)} -> {now[name]}")
+    if changed:
+        raise InputError(f"{out} is of other arguments ({'; '.join(changed)}); take another --out")
 
 
 def one_writer(path: Path | str, shared: bool = False, patience: float = 4.0) -> IO:

@@ -17,6 +17,7 @@ import multiprocessing.util
 import os
 import shutil
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -36,7 +37,20 @@ def end_with_parent(parent: int = PARENT) -> None:
         os._exit(1)  # it died before
 
 
+def is_orphan() -> bool:
+    """Whether torchrun died before PARENT was read: process 1 has adopted this one, and is no Python."""
+    if PARENT != 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        program = Path("/proc/1/cmdline").read_bytes().split(b"\0")[0]
+    except OSError:
+        return False
+    return b"python" not in program
+
+
 if "RANK" in os.environ:  # torchrun's; before torch, whose import takes seconds
+    if is_orphan():
+        os._exit(1)
     end_with_parent()
 
 # What torch, its allocators and cuBLAS read when they are loaded.
@@ -63,13 +77,11 @@ log = logging.getLogger("omni_r1")
 # ------------------------------------------------------------------------------------------------- processes
 
 
-def start_processes(minutes: float = 30, replicas: int = 1) -> tuple[int, int, torch.device]:
+def start_processes(minutes: float = 30) -> tuple[int, int, torch.device]:
     """Join torchrun's processes, or be the only one. Returns (rank, world size, device)."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
-    if world % replicas:
-        raise InputError(f"--replicas {replicas} does not divide the {world} processes")
     launched = "RANK" in os.environ
     device = torch.device("cpu")
     backend = "gloo"
@@ -99,6 +111,16 @@ def be_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def loader_options(workers: int) -> dict[str, Any]:
+    """What a DataLoader with so many processes takes. Forked on Linux, they share what is loaded."""
+    if not workers:
+        return {}
+    context = None  # the system's own
+    if sys.platform == "linux":
+        context = "fork"  # from Python 3.14 on it would be a server, whose death is not ours
+    return {"num_workers": workers, "multiprocessing_context": context, "worker_init_fn": ignore_signals}
 
 
 def ignore_signals(worker: int) -> None:

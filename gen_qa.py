@@ -29,9 +29,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from captions import Captions, as_object, one_line
+from captions import Captions, one_line
 from chat import ChatClient, Refused, Unreachable
-from files import InputError, one_writer, parse_json, read_text, write_text
+from files import InputError, as_object, one_writer, parse_json, read_text, write_text
 
 PROMPT = """\
 You are given information about acoustic events in an audio as answers to following questions:

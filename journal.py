@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from files import InputError, parse_json, read_text, sha256
+from files import InputError, as_object, read_text, sha256
 
 log = logging.getLogger("omni_r1")
 
@@ -79,11 +79,8 @@ def read_log(path: Path) -> list[dict]:
     if not path.exists():
         return rows
     for line in read_text(path).split("\n"):
-        try:
-            row = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
+        row = as_object(line)
+        if "step" in row:
             rows.append(row)
     return rows
 

@@ -207,8 +207,9 @@ def refusal(plans: list[Plan]) -> str:
     would = []
     for gpus in range(work.gpus + 1, work.config.batch + 1):
         more = replace(work, gpus=gpus)
-        if work.config.batch % gpus == 0 and not min(best_plans(more), key=preference).why_not():
-            would.append(f"{gpus * work.config.replicas} such GPUs")
+        world = gpus * work.config.replicas
+        if work.config.batch % world == 0 and not min(best_plans(more), key=preference).why_not():
+            would.append(f"{world} such GPUs")
             break
     pairs = min(best_plans(replace(work, lora=32)), key=preference)
     if not work.lora and not pairs.why_not():
@@ -242,16 +243,21 @@ def available_host_memory(root: Path = Path("/")) -> float:
 # ------------------------------------------------------------------------------------------------- printing
 
 
+def set_batch(config: argparse.Namespace, world: int) -> None:
+    """--batch from --accumulation where that is given; InputError if the processes cannot share it."""
+    if world % config.replicas:
+        raise InputError(f"--replicas {config.replicas} does not divide the {world} processes")
+    if config.accumulation:
+        config.batch = config.accumulation * world
+    if config.batch % world:
+        raise InputError(f"--batch {config.batch} cannot be shared by {world} processes: give a multiple")
+
+
 def print_plan(config: argparse.Namespace) -> None:
     """train.py --plan: from config.json alone (of a hub name, nothing else is fetched)."""
     model = empty_model(find_model(config.model, config_only=True), not config.no_audio)
     gpus = config.world_size or torch.accelerator.device_count() or 1
-    if gpus % config.replicas:
-        raise InputError(f"--replicas {config.replicas} does not divide the {gpus} GPUs")
-    if config.accumulation:
-        config.batch = config.accumulation * gpus
-    if config.batch % gpus:
-        raise InputError(f"--batch {config.batch} cannot be shared by {gpus} GPUs: give a multiple")
+    set_batch(config, gpus)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda")

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from data import Question, read_rows
-from files import InputError, parse_json, read_text, sha256
+from files import InputError, as_object, parse_json, read_text, refuse_changes, sha256
 from reward import final_answer
 
 Key = tuple[int, int]  # (the question's number, the order of its choices: 0 is the published one)
@@ -99,18 +99,10 @@ def read_meta(out: Path, about: dict) -> dict:
     refuse_foreign(out)
     if not meta.exists():
         return {}
-    try:
-        before = parse_json(read_text(meta))
-    except ValueError:
-        before = None
-    if not isinstance(before, dict):
+    before = as_object(read_text(meta))
+    if not before:
         raise InputError(f"{meta} is damaged or another program's: move it and {out.name} away")
-    changed = []
-    for name, value in about.items():
-        if before.get(name) != value:
-            changed.append(f"{name}: {before.get(name)} -> {value}")
-    if changed:
-        raise InputError(f"{out} is of other arguments ({'; '.join(changed)}); take another --out")
+    refuse_changes(out, then=before, now=about)
     return before
 
 

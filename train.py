@@ -48,10 +48,10 @@ from data import (
     prompt_text,
     questions_hash,
 )
-from files import InputError, parse_json, read_text, sha256, write_text
+from files import InputError, parse_json, read_text, refuse_changes, sha256, write_text
 from journal import Journal
 from model import empty_lm, load_weights
-from plan import choose_plan, plan_line, print_plan
+from plan import choose_plan, plan_line, print_plan, set_batch
 from reward import RewardError, final_answer, find_reward, string_match, wilson
 from weights import checkpoint_hash, find_model
 
@@ -74,6 +74,7 @@ MOST = {
     "timeout": 10**5,
     "lora": lora.MOST_RANK,
     "world_size": 10**6,
+    "seed": 2**63,
 }
 AUTO = ["auto", "on", "off"]
 
@@ -258,14 +259,6 @@ def check_arguments(config: argparse.Namespace) -> None:
         raise InputError("--wandb: wandb is not installed (pip install wandb)")
 
 
-def set_batch(config: argparse.Namespace, world: int) -> None:
-    """--batch from --accumulation where that is given; InputError if the processes cannot share it."""
-    if config.accumulation:
-        config.batch = config.accumulation * world
-    if config.batch % world:
-        raise InputError(f"--batch {config.batch} cannot be shared by {world} processes: give a multiple")
-
-
 # ------------------------------------------------------------------------------------------------- the run
 
 
@@ -367,11 +360,10 @@ class Run:
         """This process's questions of each step from the next on, decoded ahead by other processes."""
         each = self.config.batch // self.world
         todo = range(self.step * each, len(self.questions))
-        options = {"num_workers": self.config.workers, "collate_fn": list}
-        if self.config.workers:
+        options = fsdp.loader_options(self.config.workers)
+        if options:
             options["prefetch_factor"] = 4
-            options["worker_init_fn"] = fsdp.ignore_signals
-        return iter(DataLoader(self.questions, each, sampler=todo, **options))
+        return iter(DataLoader(self.questions, each, sampler=todo, collate_fn=list, **options))
 
     def take_step(self, asked: list[Asked]) -> tuple[dict, list[dict]]:
         """One step of grpo.py on this process's questions. Returns its row for the log, and its samples."""
@@ -599,17 +591,6 @@ def settings(config: argparse.Namespace, loaded: Loaded) -> dict:
     return decisive
 
 
-def refuse_changes(out: Path, *, then: dict, now: dict) -> None:
-    """InputError where a run of these settings cannot go on with what `out` holds."""
-    now = json.loads(json.dumps(now))
-    changed = []
-    for name in now:
-        if then.get(name) != now[name]:
-            changed.append(f"{name}: {then.get(name)} -> {now[name]}")
-    if changed:
-        raise InputError(f"{out} holds a run with other arguments ({'; '.join(changed)}); take another --out")
-
-
 def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -662,7 +643,7 @@ def train(config: argparse.Namespace) -> int:
     if config.plan:
         print_plan(config)
         return 0
-    rank, world, device = fsdp.start_processes(config.timeout, config.replicas)
+    rank, world, device = fsdp.start_processes(config.timeout)
     set_batch(config, world)
     if config.explain:
         return explain(config, device)
@@ -765,6 +746,7 @@ def explain(config: argparse.Namespace, device: torch.device) -> int:
     loaded = load_questions(config, check_clips_together)
     run = Run(config, rank=0, world=1, device=device, loaded=loaded)
     asked = next(run.batches())
+    run.count_bad_clips(asked)
     metrics, (rollout,) = grpo.step(
         run.policy, run.reference, [asked], config, run.reward, update=lambda: None
     )
@@ -783,6 +765,7 @@ def explain(config: argparse.Namespace, device: torch.device) -> int:
         for t, token in enumerate(response):
             text = run.policy.prompts.tokenizer.decode([token])
             print(f"          {text!r:20} log-prob {logps[g, t]:8.4f}")
+    metrics["entropy"] /= metrics["taught"]
     for name in ("kl", "entropy", "loss"):
         print(f"{name:9} {metrics[name]:.6f}")
     return 0

@@ -32,7 +32,7 @@ from transformers import (
     logging,
 )
 
-from files import InputError, parse_json, read_text, sha256
+from files import InputError, first_line, parse_json, read_text, sha256
 
 logging.set_verbosity_error()  # the hub's own Qwen2.5-Omni config draws a page of warnings
 
@@ -135,12 +135,6 @@ def find_model(path: Path | str, config_only: bool = False) -> Path:
         if os.path.lexists(folder / name) and file_of(folder, name).stat().st_size > SMALL:
             raise InputError(f"{folder}/{name} is larger than {SMALL >> 20} MiB: not a checkpoint's")
     return folder
-
-
-def first_line(error: Exception) -> str:
-    """What a library says is wrong, which may be a page or nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def file_of(folder: Path, name: Any) -> Path:
@@ -513,7 +507,7 @@ def write_small_files(
                 part[key] = named
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if card is not None:
-        (folder / "README.md").write_text(model_card(card), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(card), encoding="utf-8", errors="replace")
 
 
 # --------------------------------------------------------------------------------------------- the model card

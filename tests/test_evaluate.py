@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -242,7 +243,8 @@ def test_missing_clips_stop_it_or_are_asked_again_once_they_are_there(world, few
     with pytest.MonkeyPatch.context() as patch:  # nothing new to ask: no model is loaded
         patch.setattr(evaluation, "load_model", None)
         evaluate(*options(world, tmp_path / "p.json", **few))
-    (tmp_path / "away.wav").rename(clip)
+    samples, rate = soundfile.read(tmp_path / "away.wav", dtype="int16")
+    soundfile.write(clip.with_suffix(".flac"), samples, rate)  # converted, as the program advises
     clips_in.cache_clear()
     evaluate(*options(world, tmp_path / "p.json", **few))
     assert json.loads((tmp_path / "p.json").read_text()) == json.loads(whole[0].read_text())[:24]

@@ -276,6 +276,9 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, monkeypatch, capsys):
     assert (
         f"18 left out, of --ids, without captions: {clip_name(22)}, " in said and "2 clips, 2 to ask" in said
     )
+    ids.write_text("\n" + json.dumps([{"video_name": clip_name(20)}]))
+    _, said, _ = run_here(monkeypatch, capsys, "--captions", path, "--ids", ids, *out)
+    assert "1 clips, 1 to ask" in said
 
 
 # ----------------------------------------------------------------------------------------- runs, kills, files

@@ -171,7 +171,7 @@ def test_the_disk_holds_what_is_saved_the_bases_other_parts_too(models, tmp_path
 def test_a_plan_is_of_a_run_that_would_start(gpus, tmp_path):
     folder = checkpoint(tmp_path, dimensions(OMNI_7B))
     config = parse(f"--plan --model {folder} --world_size {gpus} --gpu H100".split())
-    with pytest.raises(InputError, match=f"--batch 8 cannot be shared by {gpus} GPUs"):
+    with pytest.raises(InputError, match=f"--batch 8 cannot be shared by {gpus} processes"):
         plan.print_plan(config)
 
 
@@ -195,6 +195,11 @@ def test_what_cannot_fit_is_refused_with_what_would(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit):
         main()
     assert "4 such GPUs" in capsys.readouterr().err
+    replicated = "--replicas 2 --world_size 2 --gpu RTX4090 --cpu_offload off"
+    monkeypatch.setattr(sys, "argv", f"train.py --plan --model {folder} {replicated}".split())
+    with pytest.raises(SystemExit):
+        main()
+    assert "16 such GPUs" not in capsys.readouterr().err  # which cannot share 8 questions
 
 
 def test_too_little_host_memory_is_refused_before_a_weight_is_read(models, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -248,6 +249,15 @@ def test_one_question_is_explained_and_nothing_is_written(world, tmp_path, capsy
     assert train_here(tmp_path / "out", *options, "--explain") == 0
     said = capsys.readouterr().out
     assert said.count("answer ") >= 4 and "reward 0.5 (Eq. 2)" in said and "kl        0.000000" in said
+    reward.write_text("def half(response, answer, choices): return 0.5")
+    assert (
+        train_here(tmp_path / "out", *options, "--explain", "--beta", 0) == 0
+    )  # of a group that teaches nothing
+    assert capsys.readouterr().out.split("entropy ")[1].split()[0] == said.split("entropy ")[1].split()[0]
+    data, clips = broken_world(world, tmp_path, broken=20)
+    broken = arguments(world, data=data, audio_dir=clips)
+    assert train_here(tmp_path / "out", *broken, "--explain") == 2
+    assert "clips in a row cannot be decoded" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -377,13 +387,18 @@ def test_ten_killed_launchers_change_nothing(world, pair, tmp_path):
     killed_is_uninterrupted(world, tmp_path, "audio", 2, kills=10, pair=pair, launcher_only=True, steps=40)
 
 
+def own_processes():
+    """A command before another, which is then process 1."""
+    alone = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces for users here")
+    return alone
+
+
 @pytest.mark.slow
 def test_it_trains_where_nothing_else_runs(world, tmp_path):
     """As in a container: the run is process 1 there, and the parent of those that decode clips."""
-    alone = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
-    if subprocess.run([*alone, "true"], capture_output=True).returncode:
-        pytest.skip("no namespaces for users here")
-    run = [*alone, *command(1, "--out", tmp_path, *arguments(world, steps=2))]
+    run = [*own_processes(), *command(1, "--out", tmp_path, *arguments(world, steps=2))]
     done = subprocess.run(run, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -451,6 +466,29 @@ def test_a_killed_launcher_leaves_no_process_and_a_second_start_waits_for_its_tu
     os.kill(resumed.pid, signal.SIGTERM)
     output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 128 + signal.SIGTERM and "saved" in output and rows > 0
+
+
+@pytest.mark.parametrize("parent", ["sh", "python"])
+def test_a_worker_whose_launcher_died_before_it_looked_ends(parent):
+    """Process 1 has adopted it then. A torchrun that is process 1 itself, as in a container, is alive."""
+    worker = [sys.executable, "-c", "import fsdp; print('goes on')"]
+    init = ["sh", "-c", f"{shlex.join(worker)}; true"]
+    if parent == "python":
+        init = [sys.executable, "-c", f"import subprocess; subprocess.run({worker})"]
+    torchrun = {"RANK": "0", "TORCHELASTIC_RUN_ID": "1"}
+    done = subprocess.run(
+        [*own_processes(), *init], cwd=ROOT, env=os.environ | torchrun, capture_output=True, text=True
+    )
+    assert done.stdout == ("goes on\n" if parent == "python" else "") and not done.stderr
+
+
+@pytest.mark.slow
+def test_pythons_way_to_start_processes_changes_nothing(world, one, tmp_path):
+    """From Python 3.14 on that is a server which forks them."""
+    script = "import multiprocessing as m; m.set_start_method('forkserver'); import train; train.main()"
+    options = arguments(world, hold_out=40, eval_every=2, out=tmp_path)
+    subprocess.run([sys.executable, "-c", script, *options], cwd=ROOT, env=environment(), check=True)
+    assert distance(weights(one / "model"), weights(tmp_path / "model")) == 0
 
 
 def children_of(pid):
@@ -582,6 +620,7 @@ BAD_ARGUMENTS = {
     "group_size": (1, "--group_size"),
     "accumulation": (-1, "--accumulation"),
     "seed": (-1, "--seed"),
+    "seed (that no generator takes)": (2**64, "--seed"),
     "timeout": ("nan", "--timeout"),
     "shares": ("nan", "--shares"),
     "lr": ("inf", "--lr"),
@@ -597,7 +636,7 @@ BAD_ARGUMENTS = {
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
 def test_bad_arguments_get_one_line_and_exit_code_2(world, tmp_path, capsys, name):
     value, words = BAD_ARGUMENTS[name]
-    code = train_here(tmp_path / "run", *arguments(world, **{name: value}))
+    code = train_here(tmp_path / "run", *arguments(world, **{name.split()[0]: value}))
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert code == 2 and len(errors) == 1 and words in errors[0]
     assert not (tmp_path / "run" / "log.jsonl").exists()

@@ -247,7 +247,8 @@ def test_the_card_names_what_was_given(world, tmp_path):
     assert 'base_model: "Qwen/Qwen2.5-Omni-7B"' in front and 'pipeline_tag: "audio-text-to-text"' in front
     assert text.rstrip().endswith(SCORES_HERE)  # where report.py puts them
     assert "datasets" not in front and "`data/avqa.json`" in text and "| lr | `1e-06` |" in text
-    lm.save(tmp_path / "local", card={**card, "base": str(world / "model"), "data": ["gijs/avqa-processed"]})
+    data = ["gijs/avqa-processed", "no UTF-8: \udcff.json"]
+    lm.save(tmp_path / "local", card={**card, "base": str(world / "model"), "data": data})
     front = (tmp_path / "local" / "README.md").read_text().split("---")[1]
     assert "base_model" not in front and 'datasets: ["gijs/avqa-processed"]' in front
 
