@@ -77,7 +77,8 @@ def first_values(path: Path) -> dict[str, list[str]]:
     columns = collections.defaultdict(list)
     for row in itertools.islice(table_rows(path), 200):
         for name, value in row.items():
-            columns[name].append(one_line(value))
+            text = one_line(value)
+            columns[name].append(text)
     return columns
 
 
@@ -173,11 +174,13 @@ def wanted_clips(path: str) -> dict[str, str]:
             if len(row) > 1 and re.fullmatch("[0-9]{1,9}", row[1]):
                 row[0] = f"{row[0]}_{int(row[1]):06d}"
             if len(row) < 4 or row[-1].strip('"') != "test":
-                names.append(row[0].strip('"'))
+                name = row[0].strip('"')
+                names.append(name)
     wanted = {}
     for name in names:
         if isinstance(name, str) and name:
-            wanted[same_clip(name)] = one_line(name)
+            clip = same_clip(name)
+            wanted[clip] = one_line(name)
     if not wanted:
         raise InputError(f"{path}: no clip names found")
     return wanted

@@ -1,5 +1,6 @@
 """Laws of the run: two processes = one, killed = uninterrupted, and what each layout may not change."""
 
+import contextlib
 import importlib.machinery
 import json
 import os
@@ -89,6 +90,14 @@ def arguments(world, **more):
 def log(out):
     """The rows of the steps; those of the held-out score are `scores`."""
     return [row for row in rows_of(out / "log.jsonl") if "loss" in row]
+
+
+def so_far(out):
+    """The same of a run that may not have begun, or be at a row just now."""
+    try:
+        return log(out)
+    except (OSError, ValueError):
+        return []
 
 
 def scores(out):
@@ -333,8 +342,8 @@ def test_two_processes_are_one_without_audio_and_mixed(world, tmp_path, kind):
 
 
 def kill_and_resume(out, options, processes, moments, seed=0, launcher_only=False):
-    """Start the run; kill -9 its whole process group, or torchrun alone, at random moments; start it again
-    at once, until it ends.
+    """Start the run; kill -9 all its processes, or torchrun alone, at random moments; start it again at once,
+    until it ends.
     """
     rng, environ = random.Random(seed), environment()
     for moment in range(moments):
@@ -343,21 +352,21 @@ def kill_and_resume(out, options, processes, moments, seed=0, launcher_only=Fals
                 command(processes, "--out", out, *options),
                 cwd=ROOT, env=environ, stdout=quiet, stderr=quiet, start_new_session=True,
             )  # fmt: skip
-        have, deadline = len(log(out)) if (out / "log.jsonl").exists() else 0, time.time() + 300
+        have, deadline = len(so_far(out)), time.time() + 300
         if launcher_only and moment % 3 == 0:
             deadline = time.time() + rng.uniform(1, 8)  # while its processes import torch or meet
         while job.poll() is None and time.time() < deadline:  # into its steps, so that something is lost
-            if (out / "log.jsonl").exists() and len(log(out)) != have:
+            if len(so_far(out)) not in (0, have):
                 break
             time.sleep(0.02)
         time.sleep(rng.random())
+        children = children_of(job.pid)
+        job.kill()
         if launcher_only:
-            children = children_of(job.pid)
-            job.kill()
             job.wait()
             all_end(children, seconds=10)
-        elif job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
+        else:
+            send_all(children, signal.SIGKILL)
         job.wait()
     train(out, *options, processes=processes)
 
@@ -425,7 +434,7 @@ def started(processes, out, *options, rows=1, **more):
         cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more,
     )  # fmt: skip
     deadline = time.time() + 300
-    while time.time() < deadline and not ((out / "log.jsonl").exists() and len(log(out)) >= rows):
+    while time.time() < deadline and len(so_far(out)) < rows and job.poll() is None:
         time.sleep(0.01)
     return job
 
@@ -434,9 +443,18 @@ def test_a_signal_to_the_whole_group_saves_and_another_number_of_processes_goes_
     world, one, tmp_path, capsys
 ):
     """As a scheduler stops a job: SIGTERM to torchrun, its processes and theirs that decode clips."""
-    options = arguments(world, hold_out=40, eval_every=2)
-    job = started(2, tmp_path, *options, start_new_session=True)
-    os.killpg(job.pid, signal.SIGTERM)
+    reward = tmp_path / "reward_in_time.py"
+    reward.write_text(f"""if True:
+        import pathlib, time, reward
+        def exact(*asked):  # in no hurry, as long as the test is not
+            time.sleep(0.1 * pathlib.Path({str(tmp_path / "wait")!r}).exists())
+            return reward.accuracy_reward(*asked)
+    """)
+    options = arguments(world, hold_out=40, eval_every=2, reward=f"{reward}:exact")
+    (tmp_path / "wait").touch()
+    job = started(2, tmp_path, *options)
+    send_all([job.pid, *children_of(job.pid)], signal.SIGTERM)
+    (tmp_path / "wait").unlink()
     output, _ = job.communicate(timeout=300)
     assert job.returncode != 0 and "saved" in output
     (saved,) = (tmp_path / "checkpoints").glob("step-*")
@@ -451,7 +469,7 @@ def test_a_signal_to_the_whole_group_saves_and_another_number_of_processes_goes_
 
 
 def test_a_killed_launcher_leaves_no_process_and_a_second_start_waits_for_its_turn(world, tmp_path):
-    options = arguments(world, steps=300, save_every=5)
+    options = arguments(world, steps=3000, save_every=5)
     job = started(2, tmp_path, *options)
     second = train(tmp_path, *options, check=False)
     assert second.returncode == 2 and "one run writes to a place at a time" in second.stderr
@@ -492,12 +510,21 @@ def test_pythons_way_to_start_processes_changes_nothing(world, one, tmp_path):
 
 
 def children_of(pid):
-    """All processes below `pid`."""
-    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
-    found = [int(child) for child in listed]
+    """All processes below `pid`, its own children first."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rsplit(")")[1].split()[1]) == pid:
+                found.append(int(stat.parent.name))
     for child in list(found):
         found += children_of(child)
     return found
+
+
+def send_all(processes, number):
+    for pid in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def all_end(processes, seconds):
@@ -634,7 +661,8 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
-def test_bad_arguments_get_one_line_and_exit_code_2(world, tmp_path, capsys, name):
+def test_bad_arguments_get_one_line_and_exit_code_2(world, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     value, words = BAD_ARGUMENTS[name]
     code = train_here(tmp_path / "run", *arguments(world, **{name.split()[0]: value}))
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
@@ -699,19 +727,17 @@ def test_a_full_disk_is_one_line(world, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_one_process_dying_ends_the_run(world, tmp_path):
-    job = started(2, tmp_path, *arguments(world, steps=500))
-    listed = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(listed[-1]), signal.SIGKILL)
+    job = started(2, tmp_path, *arguments(world, steps=5000))
+    os.kill(children_of(job.pid)[0], signal.SIGKILL)
     output, _ = job.communicate(timeout=300)
     assert job.returncode != 0 and "exitcode" in output
 
 
 @pytest.mark.slow
 def test_a_hung_process_ends_the_run_with_the_reason(world, tmp_path):
-    job = started(2, tmp_path, *arguments(world, steps=500, timeout=0.2))
-    listed = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(listed[-1]), signal.SIGSTOP)
-    output, _ = job.communicate(timeout=120)
+    job = started(2, tmp_path, *arguments(world, steps=5000, timeout=0.5))
+    os.kill(children_of(job.pid)[0], signal.SIGSTOP)
+    output, _ = job.communicate(timeout=300)
     assert job.returncode != 0 and "error: another process died or hangs" in output
 
 
@@ -732,8 +758,11 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one_intact(world, one, t
 def test_a_step_on_the_real_question_and_clip(world, tmp_path):
     row = json.loads((DATA / "mmau-test-mini-original.json").read_text())[0]
     (tmp_path / "mmau.json").write_text(json.dumps([row]))
+    (tmp_path / "odd.py").write_text(
+        "def odd(response, *asked): return len(response) % 2"
+    )  # some, but not all
     options = {"data": tmp_path / "mmau.json", "audio_dir": DATA / "audio", "steps": 1, "batch": 1}
-    options = arguments(world, **options, group_size=64, temperature=3)  # until one is right
+    options = arguments(world, **options, group_size=64, temperature=3, reward=f"{tmp_path}/odd.py:odd")
     assert train_here(tmp_path / "run", *options) == 0
     (row,) = log(tmp_path / "run")
     assert 0 < row["reward"] < 1 and row["grad_norm"] > 0
