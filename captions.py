@@ -33,12 +33,12 @@ def table_rows(path: Path | str) -> Iterator[dict]:
         raise InputError(f"{path}: there is no such file")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            first = file.read(1000).lstrip()[:1]
+            start = file.read(1000).lstrip()
             file.seek(0)
-            if first == "[":
+            if start.startswith("["):
                 for row in parse_json(read_text(path)):
                     yield as_object(row)
-            elif first == "{":
+            elif start.startswith("{"):
                 for line in file:
                     if line.strip():
                         yield as_object(line)
@@ -122,7 +122,10 @@ def find_columns(paths: list[Path]) -> tuple[list[str], list[tuple[int, str]]]:
                 question = ""
     published = []
     for names in PUBLISHED:
-        published += [place for place in texts if place[1] in names][:1]
+        for place in texts:
+            if place[1] in names:
+                published.append(place)
+                break
     if len(published) == 4:
         return keys, published
     for place, values in list(texts.items()):
@@ -216,7 +219,8 @@ class Captions:
         for place in places:
             self.held[place] = {}
         for row in table_rows(path):
-            clip = same_clip(one_line(row.get(key)))
+            name = one_line(row.get(key))
+            clip = same_clip(name)
             if not clip or (self.wanted is not None and clip not in self.wanted):
                 continue
             for place in places:

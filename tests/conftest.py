@@ -11,7 +11,6 @@ for name in list(os.environ):
     if re.fullmatch(FOREIGN, name):
         del os.environ[name]
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["LC_ALL"] = "C.UTF-8"
 
 import contextlib
 import hashlib

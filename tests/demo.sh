@@ -3,7 +3,8 @@
 # Environment: RESULTS (results/demo), SEED (0). Called by `bash run.sh demo`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-: "${RESULTS:=results/demo}" "${SEED:=0}" "${MASTER_PORT:=29511}"
+: "${RESULTS:=results/demo}" "${SEED:=0}" "${MASTER_PORT:=$((20000 + $$ % 10000))}"
+unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY HF_HUB_OFFLINE HF_HUB_CACHE TRANSFORMERS_OFFLINE
 mkdir -p "$RESULTS"
 worlds=()
 for family in omni qwen2audio; do

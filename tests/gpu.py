@@ -139,7 +139,7 @@ class Failed(Exception):
 def check_laws(scratch: Path, world: Path, gpus: int) -> list[str]:
     """Rows of the table: law, what was found."""
     options = ["--model", world / "model", "--data", world / "train_qa.json", "--audio_dir", world / "audio"]
-    options += ["--steps", 3, "--batch", 2 * gpus, "--lr", "1e-3", "--save_every", 1, "--max_new_tokens", 6]
+    options += ["--steps", 30, "--batch", 2 * gpus, "--lr", "1e-3", "--save_every", 1, "--max_new_tokens", 6]
     options += ["--dtype", "bfloat16", "--cpu_offload", "off"]
     whole = scratch / "whole"
     killed = scratch / "killed"

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 import tarfile
 import time
 import urllib.parse
@@ -337,6 +338,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if not args.root.exists():
         scratch = args.root.with_name(args.root.name + ".writing")
+        shutil.rmtree(scratch, ignore_errors=True)
         publish(args.worlds, scratch)
         scratch.rename(args.root)
     server = Hub(args.root, args.fail)

@@ -539,9 +539,11 @@ def test_a_stage_that_fails_stops_the_rest(small, server, tmp_path):
 
 def stage(script, **places):
     """Run a function of run.sh, whose variables `places` gives."""
-    script = f"source ./run.sh list >/dev/null; NAME=omni-avqa; {script}"
-    environment = os.environ | {name: str(value) for name, value in places.items()}
-    return subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, env=environment)
+    script = f"source ./run.sh help >/dev/null; NAME=omni-avqa; {script}"
+    environment = os.environ | {"LC_ALL": "C"} | {name: str(value) for name, value in places.items()}
+    return subprocess.run(
+        ["bash", "-c", script, "run.sh"], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
 
 
 def test_a_stage_asks_again_what_is_unanswered(tmp_path):
