@@ -85,12 +85,13 @@ def start_processes(minutes: float = 30) -> tuple[int, int, torch.device]:
     launched = "RANK" in os.environ
     device = torch.device("cpu")
     backend = "gloo"
-    if torch.accelerator.is_available():
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is not None and found.type != "mps":  # Apple's has no collectives for FSDP2: there it is the CPU
         if local >= torch.accelerator.device_count():
             count = torch.accelerator.device_count()
             raise InputError(f"--nproc_per_node is more than the {count} GPUs here")
         torch.accelerator.set_device_index(local)
-        device = torch.device(torch.accelerator.current_accelerator().type, local)
+        device = torch.device(found.type, local)
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         # torchrun sets OMP_NUM_THREADS=1, but an optimizer in host memory wants this process's share of cores
         on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${RESULTS:=results/demo}" "${SEED:=0}" "${MASTER_PORT:=$((20000 + $$ % 10000))}"
-unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY HF_HUB_OFFLINE HF_HUB_CACHE TRANSFORMERS_OFFLINE
+unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY "${!HF_@}" "${!TRANSFORMERS_@}" # of the real hub
+unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR NODES NODE_RANK
 mkdir -p "$RESULTS"
 worlds=()
 for family in omni qwen2audio; do
@@ -29,7 +30,7 @@ printf '\n== a stand-in for the hub (tests/hub.py) and one for ChatGPT (tests/ch
 serve hub tests/hub.py --worlds "${worlds[@]}" --root "$RESULTS/world/hub"
 serve chat tests/chat_server.py
 
-export RESULTS MASTER_PORT DATA="$RESULTS/data" HF_HOME="$(realpath "$RESULTS")/hf" HF_HUB_DISABLE_PROGRESS_BARS=1 OMP_NUM_THREADS=1
+export RESULTS MASTER_PORT DATA="$RESULTS/data" HF_HOME="$(realpath "$RESULTS")/hf" HF_HUB_DISABLE_PROGRESS_BARS=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 HF_ENDPOINT=$(cat "$RESULTS/hub") URL=$(cat "$RESULTS/chat")
 export HF_ENDPOINT URL GPT=stand-in OMNI=Qwen/Qwen2.5-Omni-7B QWEN2AUDIO=Qwen/Qwen2-Audio-7B-Instruct
 export GPUS=2 STEPS="${STEPS:-60}" LONG="${LONG:-70}" KEEP_SHORTEST=400 HOLD_OUT=40 RESERVE=1 BENCHES="mmau-mini mmau-mini-v2 mmau-full mmar"

@@ -173,9 +173,9 @@ def test_a_process_with_a_gpu_has_its_share_of_the_cores_whatever_torchrun_says(
     for name, value in {"RANK": 3, "LOCAL_RANK": 3, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
     accelerator = torch.accelerator
-    monkeypatch.setattr(accelerator, "is_available", lambda: True)
+    here = ["cuda"]
     monkeypatch.setattr(accelerator, "device_count", lambda: 4)
-    monkeypatch.setattr(accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(accelerator, "current_accelerator", lambda check_available: torch.device(here[0]))
     monkeypatch.setattr(accelerator, "set_device_index", lambda index: said.update(index=index))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: said.update(threads=count))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: said.update(backend=backend))
@@ -188,6 +188,9 @@ def test_a_process_with_a_gpu_has_its_share_of_the_cores_whatever_torchrun_says(
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(InputError, match="more than the 4 GPUs"):
         fsdp.start_processes()
+    here[0] = "mps"  # two processes of a Mac share no GPU
+    assert fsdp.start_processes() == (3, 8, torch.device("cpu"))
+    assert said["backend"] == "gloo"
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -259,9 +259,8 @@ def test_one_question_is_explained_and_nothing_is_written(world, tmp_path, capsy
     said = capsys.readouterr().out
     assert said.count("answer ") >= 4 and "reward 0.5 (Eq. 2)" in said and "kl        0.000000" in said
     reward.write_text("def half(response, answer, choices): return 0.5")
-    assert (
-        train_here(tmp_path / "out", *options, "--explain", "--beta", 0) == 0
-    )  # of a group that teaches nothing
+    # A group that teaches nothing is scored all the same.
+    assert train_here(tmp_path / "out", *options, "--explain", "--beta", 0) == 0
     assert capsys.readouterr().out.split("entropy ")[1].split()[0] == said.split("entropy ")[1].split()[0]
     data, clips = broken_world(world, tmp_path, broken=20)
     broken = arguments(world, data=data, audio_dir=clips)
@@ -302,6 +301,15 @@ def test_variants_are_the_same_on_two_processes_and_two_updates_make_the_clip_wo
                 continue  # each process has scored one group that teaches nothing
             assert row[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), key  # a KL can be 100
     assert any(row["clip_ratio"] > 0 for row in log(tmp_path / "r1"))
+
+
+def test_a_narrower_clip_clips_more(world, tmp_path):
+    clipped = []
+    for epsilon in (0.2, 0.01):
+        out = tmp_path / str(epsilon)
+        assert train_here(out, *arguments(world, updates=2, steps=1, epsilon=epsilon)) == 0
+        clipped.append(log(out)[0]["clip_ratio"])
+    assert 0 <= clipped[0] < clipped[1]
 
 
 @pytest.mark.parametrize("kind", ["qwen2audio", "omni with LoRA"])
@@ -364,7 +372,7 @@ def kill_and_resume(out, options, processes, moments, seed=0, launcher_only=Fals
         job.kill()
         if launcher_only:
             job.wait()
-            all_end(children, seconds=10)
+            all_end(children, seconds=5)
         else:
             send_all(children, signal.SIGKILL)
         job.wait()
@@ -478,7 +486,7 @@ def test_a_killed_launcher_leaves_no_process_and_a_second_start_waits_for_its_tu
     assert len(children) >= 4  # two processes, and one each that decodes clips
     job.kill()
     job.wait()
-    all_end(children, seconds=10)
+    all_end(children, seconds=5)
     rows = len(log(tmp_path))
     resumed = started(1, tmp_path, *options, rows=rows + 1)
     os.kill(resumed.pid, signal.SIGTERM)
@@ -758,9 +766,8 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one_intact(world, one, t
 def test_a_step_on_the_real_question_and_clip(world, tmp_path):
     row = json.loads((DATA / "mmau-test-mini-original.json").read_text())[0]
     (tmp_path / "mmau.json").write_text(json.dumps([row]))
-    (tmp_path / "odd.py").write_text(
-        "def odd(response, *asked): return len(response) % 2"
-    )  # some, but not all
+    some_but_not_all = "def odd(response, *asked): return len(response) % 2"
+    (tmp_path / "odd.py").write_text(some_but_not_all)
     options = {"data": tmp_path / "mmau.json", "audio_dir": DATA / "audio", "steps": 1, "batch": 1}
     options = arguments(world, **options, group_size=64, temperature=3, reward=f"{tmp_path}/odd.py:odd")
     assert train_here(tmp_path / "run", *options) == 0
