@@ -71,6 +71,25 @@ def write_text(path: Path | str, text: str) -> None:
     scratch.replace(path)
 
 
+def append_rows(path: Path | str, rows: list[dict]) -> None:
+    """Append JSON lines. The newline before them ends a line that a kill cut off."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n" + text)
+
+
+def rows_of(path: Path | str) -> list[dict]:
+    """The whole rows of a file that `append_rows` wrote; half a row, which a kill can leave, is none."""
+    rows = []
+    if not Path(path).exists():
+        return rows
+    for line in Path(path).read_text("utf-8", "replace").split("\n"):
+        row = as_object(line)
+        if row:
+            rows.append(row)
+    return rows
+
+
 def first_line(error: Exception) -> str:
     """What a library says is wrong, which may be a page or nothing."""
     lines = str(error).strip().splitlines()
