@@ -1,4 +1,4 @@
-"""Files that matter: read with a bound, written whole or not at all, one writer at a time.
+"""Files that matter: read whole, written whole or not at all, rows that survive a kill, one writer at a time.
 
 Every other file of the project stands on this one. It knows nothing of questions, models or processes.
 """
@@ -7,24 +7,24 @@ import fcntl
 import hashlib
 import json
 import os
-import stat
 import time
 from pathlib import Path
 from typing import IO, Any
-
-DEEPEST = 64  # levels of brackets in one JSON value; real rows have 4
-STARTED = time.monotonic()  # the program; importing torch takes seconds of its patience
 
 
 class InputError(Exception):
     """What is wrong with the user's input, in one line. Command lines print it and exit with 2."""
 
 
+class LocalError(InputError):
+    """What is wrong in one process alone, which says it whatever its rank."""
+
+
 def read_text(path: Path | str) -> str:
     """The text of a UTF-8 file, with or without a byte order mark. Raises InputError."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise InputError(f"cannot read {path}: not a regular file")  # a FIFO would be waited for
+        if Path(path).is_fifo():
+            raise OSError(0, "it is a pipe")  # reading would wait for a writer
         return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
@@ -33,35 +33,11 @@ def read_text(path: Path | str) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """json.loads that turns NaN and infinity into None and too deep a nesting into a ValueError."""
+    """json.loads that turns NaN and infinity into None, and too deep a nesting into a ValueError."""
     try:
-        value = json.loads(text, parse_constant=lambda name: None)
+        return json.loads(text, parse_constant=lambda name: None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    level = [value]
-    for _ in range(DEEPEST):
-        inner = []
-        for item in level:
-            if isinstance(item, dict):
-                inner.extend(item.values())
-            elif isinstance(item, list):
-                inner.extend(item)
-        if not inner:
-            return value
-        level = inner
-    raise ValueError("nested too deeply")
-
-
-def as_object(row: Any) -> dict:
-    """A JSON object, or its text, as a dict; {} for anything else."""
-    if isinstance(row, str):
-        try:
-            row = parse_json(row)
-        except ValueError:
-            return {}
-    if not isinstance(row, dict):
-        return {}
-    return row
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -72,10 +48,14 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def append_rows(path: Path | str, rows: list[dict]) -> None:
-    """Append JSON lines. The newline before them ends a line that a kill cut off."""
+    """Append JSON lines; what a kill has left of a line before them is ended first."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("\n" + text)
+    with open(path, "ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        if file.read() not in (b"", b"\n"):
+            text = "\n" + text
+        file.write(text.encode())
 
 
 def rows_of(path: Path | str) -> list[dict]:
@@ -84,8 +64,11 @@ def rows_of(path: Path | str) -> list[dict]:
     if not Path(path).exists():
         return rows
     for line in Path(path).read_text("utf-8", "replace").split("\n"):
-        row = as_object(line)
-        if row:
+        try:
+            row = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
             rows.append(row)
     return rows
 
@@ -111,23 +94,17 @@ def refuse_changes(out: Path, *, then: dict, now: dict) -> None:
         raise InputError(f"{out} is of other arguments ({'; '.join(changed)}); take another --out")
 
 
-def one_writer(path: Path | str, shared: bool = False, patience: float = 4.0) -> IO:
+def one_writer(path: Path | str, patience: float = 5.0) -> IO:
     """Hold the lock file `path` until the process ends, so that no second run writes to the same place.
 
-    Waits `patience` seconds from the program's start, since a dying worker may still hold it. `shared` lets
-    other holders in that also asked for a shared hold. Keep what this returns: closing it gives the lock
-    back. Raises InputError that names the holder, or that `path` is a file of the user's.
+    Waits `patience` seconds, since a dying worker may still hold it. Keep what this returns: closing it gives
+    the lock back. Raises InputError that names the holder.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
-    file = open(handle, "a+", errors="replace")  # noqa: SIM115 (held for the life of the process)
-    file.seek(0)
-    if file.read(8) not in ("", "process "):
-        raise InputError(f"{path} is no lock of ours: move it away")
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    deadline = max(STARTED + patience, time.monotonic() + 0.2)
+    file = open(path, "a+", errors="replace")  # noqa: SIM115 (held for the life of the process)
+    deadline = time.monotonic() + patience
     while True:
         try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
             if time.monotonic() >= deadline:
@@ -136,8 +113,16 @@ def one_writer(path: Path | str, shared: bool = False, patience: float = 4.0) ->
                 file.close()
                 raise InputError(f"{path} is held by {holder}: one run writes to a place at a time") from None
             time.sleep(0.1)
-    if not shared:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
     return file
+
+
+def as_object(row):
+    if isinstance(row, str):
+        try:
+            row = parse_json(row)
+        except ValueError:
+            return {}
+    return row if isinstance(row, dict) else {}

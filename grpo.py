@@ -1,14 +1,14 @@
-"""Group Relative Policy Optimization (Section III-B): Eq. 1, 3 and 4 as pure functions, then one step.
+"""Group Relative Policy Optimization (Section III-B): Eq. 1, 3 and 4 as pure functions; the parts of a step.
 
 Departs from GRPO's original in what the paper leaves open: the advantage divides by (sample std + 1e-4), as
 in the work that the paper builds on [7]; one update a rollout, so that the ratio of Eq. 3 is 1 and its
 gradient the policy gradient; the clip is there for `--updates 2`. Log-probs are the policy's own, at
 temperature 1, though responses are drawn at 1.2 (so does [7]; TRL divides by the temperature).
 
-`step` is the paper's algorithm from top to bottom. It knows nothing of files, audio or processes.
+train.py puts `roll_out`, `score`, `rollout_loss` and the optimizer one after the other. Nothing here knows of
+files, audio or processes.
 """
 
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from reward import final_answer, format_reward, named_choices, string_match
+
+# ------------------------------------------------------------------------------------------- the equations
 
 
 def group_advantages(rewards: Tensor, *, scale: bool = True) -> Tensor:
@@ -49,26 +51,22 @@ def grpo_loss(
     epsilon: float = 0.2,
     beta: float = 0.04,
     *,
-    epsilon_high: float | None = None,
     length: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Eq. 3, negated to be minimised.
 
     logps, old_logps, ref_logps (N, T): log-probs under the policy, the policy that sampled, the reference
-    (None when beta is 0). advantages (N,). mask (N, T) bool: the tokens of each response. `epsilon_high` is
-    the clip's upper side where that differs (DAPO). Every response weighs the same, whatever its length; with
-    `length` every token does: their sum is divided by N x length (DAPO: the mean length of a step's
-    responses; Dr. GRPO: the longest allowed). Returns (scalar loss, dict of floats: kl, clip_ratio).
+    (None when beta is 0). advantages (N,). mask (N, T) bool: the tokens of each response. Every response
+    weighs the same, whatever its length (the 1/|o_i| of Eq. 3); with `length` every token does: their sum is
+    divided by N x length. Returns (scalar loss, dict of floats: kl, clip_ratio).
     """
     # Padding may hold anything, and what is put out of the sum only after exp() still sends back a NaN.
     logps = torch.where(mask, logps, 0.0)
     old_logps = torch.where(mask, old_logps, 0.0)
     advantages = advantages.unsqueeze(1)
-    if epsilon_high is None:
-        epsilon_high = epsilon
     ratio = (logps - old_logps).exp()  # rho_{i,t}
     unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon) * advantages
     objective = torch.minimum(unclipped, clipped)
     kl = torch.zeros_like(logps)
     if beta:
@@ -87,11 +85,11 @@ def grpo_loss(
 
 
 def response_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """(1/|o_i|) sum over t of Eq. 3: (N, T) -> (N,); 0 for a response whose tokens are all masked."""
-    return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    """(1/|o_i|) sum over t of Eq. 3: (N, T) -> (N,)."""
+    return (values * mask).sum(-1) / mask.sum(-1)
 
 
-# -------------------------------------------------------------------------------------------------- the step
+# ---------------------------------------------------------------------------------------- the parts of a step
 
 
 @dataclass
@@ -103,71 +101,37 @@ class Rollout:
     texts: list[list[str]]
     rewards: Tensor  # (B, G)
     advantages: Tensor  # (B, G)
-    mask: Tensor | None = None  # (B * G, T) bool: the tokens that count
+    mask: Tensor | None = None  # (B * G, T) bool: the tokens of each response
     old_logps: Tensor | None = None  # (B * G, T), of the policy that sampled
     ref_logps: Tensor | None = None  # (B * G, T)
 
+    def prompts(self) -> list:
+        return [one.prompt for one in self.asked]
 
-def step(
-    policy: Any,
-    reference: Any,
-    passes: list[list],
-    config: Namespace,
-    reward: Callable,
-    update: Callable[[], None],
-) -> tuple[dict[str, float], list[Rollout]]:
-    """One step of Section III-B on this process's questions, in the paper's order.
+    def response_lengths(self) -> Tensor:
+        """(B, G) in tokens."""
+        lengths = []
+        for group in self.responses:
+            lengths.append([len(response) for response in group])
+        return torch.tensor(lengths)
 
-    `policy` and `reference` (None when beta is 0) are model.AudioLM. `passes` splits the questions into what
-    goes through the model at once: that changes memory, not the result. `reward` is Eq. 2; `update` moves the
-    weights by the gradients added up. Returns the metrics as sums over questions, and all that was said.
-    """
-    count = sum(len(asked) for asked in passes)
-    metrics = {}
-    rollouts = []
-    started = clock()
-    for asked in passes:
-        # Roll out: G responses to each question, drawn with the question's own random numbers.
-        prompts = [one.prompt for one in asked]
-        generators = [question_generator(config.seed, one, policy.device) for one in asked]
-        responses = policy.generate(
-            prompts,
-            config.max_new_tokens,
-            group_size=config.group_size,
-            temperature=config.temperature,
-            generators=generators,
-        )
-        texts = decode(policy, responses)
-        # Reward, Eq. 2.
-        rewards = group_rewards(asked, texts, config, reward)
-        # Advantage, Eq. 1.
-        advantages = group_advantages(rewards, scale=config.scale_rewards == "on")
-        rollouts.append(Rollout(asked, responses, texts, rewards, advantages))
-    add(metrics, {"seconds_rollout": clock() - started})
-    for rollout in rollouts:
-        add(metrics, rollout_metrics(rollout, policy.eos, config.prompt))
-    length = loss_length(rollouts, config, policy)
-    learning = [what_teaches(rollout, config.beta) for rollout in rollouts]
-    for _ in range(config.updates):
-        for rollout in learning:
-            # Score: the log-probs of every response's tokens, under the reference and under the policy.
-            started = clock()
-            logps, entropy = score(policy, reference, rollout, config)
-            # Loss, Eq. 3 and 4.
-            loss, found = rollout_loss(logps, rollout, config, length)
-            # Backward.
-            scored = clock()
-            (loss * len(rollout.asked) / count).backward()
-            add(metrics, found, len(rollout.asked) / config.updates)
-            taught = max(how_many_teach(rollout, config.beta), 1e-6)  # where none does, what was scored tells
-            add(metrics, {"entropy": entropy, "taught": 1.0}, taught / config.updates)
-            add(metrics, {"seconds_score": scored - started})
-            add(metrics, {"seconds_update": clock() - scored})
-        # Update.
-        started = clock()
-        update()
-        add(metrics, {"seconds_update": clock() - started})
-    return metrics, rollouts
+
+def roll_out(policy: Any, asked: list, config: Namespace, reward: Callable) -> Rollout:
+    """G responses to each of B questions (policy: model.AudioLM), their rewards and their advantages."""
+    generators = [question_generator(config.seed, one, policy.device) for one in asked]
+    responses = policy.generate(
+        [one.prompt for one in asked],
+        config.max_new_tokens,
+        group_size=config.group_size,
+        temperature=config.temperature,
+        generators=generators,
+    )
+    texts = []
+    for group in responses:
+        texts.append([policy.decode(response) for response in group])
+    rewards = group_rewards(asked, texts, config, reward)
+    advantages = group_advantages(rewards, scale=config.loss != "dr")
+    return Rollout(asked, responses, texts, rewards, advantages)
 
 
 def question_generator(seed: int, asked: Any, device: torch.device) -> torch.Generator:
@@ -177,19 +141,7 @@ def question_generator(seed: int, asked: Any, device: torch.device) -> torch.Gen
     return torch.Generator(device).manual_seed(int(number))
 
 
-def decode(policy: Any, responses: list[list[Tensor]]) -> list[list[str]]:
-    texts = []
-    for group in responses:
-        texts.append([policy.decode(response) for response in group])
-    return texts
-
-
-def group_rewards(
-    asked: list,
-    texts: list[list[str]],
-    config: Namespace,
-    reward: Callable,
-) -> Tensor:
+def group_rewards(asked: list, texts: list[list[str]], config: Namespace, reward: Callable) -> Tensor:
     """Eq. 2 for B groups of G texts -> (B, G). What `--prompt` asks to be tagged is taken from its tag."""
     rewards = torch.zeros(len(asked), config.group_size)
     for b, one in enumerate(asked):
@@ -201,46 +153,13 @@ def group_rewards(
     return rewards
 
 
-def how_many_teach(rollout: Rollout, beta: float) -> int:
-    """Of a rollout's questions, those whose responses have a gradient."""
-    if beta:
-        return len(rollout.asked)
-    return int(rollout.advantages.any(-1).sum())
-
-
-def what_teaches(rollout: Rollout, beta: float) -> Rollout:
-    """Without a KL divergence, groups of equal rewards have no gradient: they need not be scored.
-
-    One is kept where there is no other, since all processes must make the same passes.
-    """
-    if how_many_teach(rollout, beta) == len(rollout.asked):
-        return rollout
-    kept = []
-    for b, advantages in enumerate(rollout.advantages):
-        if advantages.any():
-            kept.append(b)
-    kept = kept or [0]
-    return Rollout(
-        [rollout.asked[b] for b in kept],
-        [rollout.responses[b] for b in kept],
-        [rollout.texts[b] for b in kept],
-        rollout.rewards[kept],
-        rollout.advantages[kept],
-    )
-
-
-def score(
-    policy: Any,
-    reference: Any,
-    rollout: Rollout,
-    config: Namespace,
-) -> tuple[Tensor, float]:
+def score(policy: Any, reference: Any, rollout: Rollout) -> tuple[Tensor, float]:
     """Log-probs (B * G, T) of the rollout's responses under the policy, with their graph, and its entropy.
 
     What does not change from update to update (the reference's log-probs, those of the policy that sampled,
-    the mask) is put into the rollout the first time.
+    the mask) is put into the rollout the first time. `reference` is None when beta is 0.
     """
-    prompts = [one.prompt for one in rollout.asked]
+    prompts = rollout.prompts()
     if reference is not None and rollout.ref_logps is None:
         with torch.no_grad():
             rollout.ref_logps = reference.score(prompts, rollout.responses).logps
@@ -248,21 +167,19 @@ def score(
     if rollout.old_logps is None:
         rollout.old_logps = scores.logps.detach()
         rollout.mask = scores.mask
-        if config.mask_truncated:
-            ended = has_ended(rollout.responses, policy.eos)
-            ended = ended.flatten().unsqueeze(1).to(scores.mask.device)  # (B * G, 1)
-            rollout.mask = scores.mask & ended
     return scores.logps, scores.entropy.mean().item()
 
 
 def rollout_loss(
-    logps: Tensor,
-    rollout: Rollout,
-    config: Namespace,
-    length: float | None,
+    logps: Tensor, rollout: Rollout, config: Namespace, mean_length: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Eq. 3 and 4 on a rollout's (B * G, T) log-probs. Returns the loss with its graph, and metrics."""
-    loss, found = grpo_loss(
+    """Eq. 3 and 4 on a rollout's (B * G, T) log-probs. Returns the loss with its graph, and metrics.
+
+    `--loss` says what weighs the same: sequence, each response (Eq. 3); token, each token of the step, whose
+    responses have `mean_length` (DAPO); dr, each token over the longest allowed length (Dr. GRPO).
+    """
+    lengths = {"sequence": None, "token": mean_length, "dr": config.max_new_tokens}
+    loss, metrics = grpo_loss(
         logps,
         rollout.old_logps,
         rollout.ref_logps,
@@ -270,39 +187,13 @@ def rollout_loss(
         rollout.mask,
         config.epsilon,
         config.beta,
-        epsilon_high=config.epsilon_high,
-        length=length,
+        length=lengths[config.loss],
     )
-    found["loss"] = loss.item()
-    return loss, found
-
-
-def loss_length(
-    rollouts: list[Rollout],
-    config: Namespace,
-    policy: Any,
-) -> float | None:
-    """What `--loss` divides the sum over a response's tokens by: None for Eq. 3's own length of each."""
-    if config.loss == "sequence":
-        return None
-    if config.loss == "dr":
-        return config.max_new_tokens
-    lengths = []  # of those that --mask_truncated leaves out too, as in TRL
-    for rollout in rollouts:
-        for group in rollout.responses:
-            lengths += map(len, group)
-    return policy.average(sum(lengths) / len(lengths))
+    metrics["loss"] = loss.item()
+    return loss, metrics
 
 
 # ------------------------------------------------------------------------------------------------ the metrics
-
-
-def has_ended(responses: list[list[Tensor]], eos: Tensor) -> Tensor:
-    """(B, G) bool: whether each response came to its end; if not, `max_new_tokens` cut it."""
-    last = []
-    for group in responses:
-        last.append(torch.stack([response[-1] for response in group]))
-    return torch.isin(torch.stack(last), eos)
 
 
 def rollout_metrics(rollout: Rollout, eos: Tensor, prompt: str) -> dict[str, float]:
@@ -311,13 +202,10 @@ def rollout_metrics(rollout: Rollout, eos: Tensor, prompt: str) -> dict[str, flo
     `official` is the share that the benchmarks' string match finds right, `hedged` the share that names more
     than one choice: a reward that rises without the first, or with the second, is being gamed.
     """
-    alike = ~rollout.advantages.any(-1)
-    cut = ~has_ended(rollout.responses, eos)
     metrics = {
         "reward": rollout.rewards.mean(-1).sum().item(),
         "reward_std": rollout.rewards.std(-1).sum().item(),
-        "frac_reward_zero_std": alike.sum().item(),
-        "cut_ratio": cut.float().mean(-1).sum().item(),
+        "frac_reward_zero_std": (~rollout.advantages.any(-1)).sum().item(),
     }
     for one, responses, texts in zip(rollout.asked, rollout.responses, rollout.texts, strict=True):
         choices = list(one.question.choices)
@@ -325,6 +213,7 @@ def rollout_metrics(rollout: Rollout, eos: Tensor, prompt: str) -> dict[str, flo
             said = final_answer(text, prompt)
             named = len(named_choices(said, choices))
             found = {
+                "cut_ratio": response[-1] not in eos,  # max_new_tokens cut it
                 "completion_length": len(response),
                 "asked_form": format_reward(text, prompt),
                 "hedged": named > 1,
@@ -339,10 +228,3 @@ def add(totals: dict[str, float], values: dict[str, float], weight: float = 1.0)
     """totals += weight * values, name by name."""
     for name, value in values.items():
         totals[name] = totals.get(name, 0.0) + weight * value
-
-
-def clock() -> float:
-    """Seconds, once the device has done what it was asked: kernels run behind Python's back."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()

@@ -2,38 +2,36 @@
 
     torchrun --nproc_per_node 4 train.py
     python train.py --model M --data arc.jsonl --no_audio --out results/arc      (text only, Section IV-E)
-    python train.py --plan --world_size 4 --gpu_memory 48                        (what it takes; no weights)
+    python train.py --plan --world_size 4 --gpu A6000                            (what it takes; no weights)
     python train.py --explain --model M --data F --audio_dir D                   (one question, step by step)
 
 A run is a pure function of its arguments. Which question is number k of step s, and the random numbers that
 its responses are drawn with, follow from (seed, s, k): not from the number of processes, and not from what
 happened before. So two processes do what one does, and a checkpoint is weights, optimizer state and a step
-number.
+number. `Run.take_step` is the paper's algorithm, from top to bottom.
 """
 
 import fsdp  # isort: skip  (before torch: it sets what torch reads when it is imported)
 
 import argparse
-import importlib.util
 import json
 import logging
 import math
 import os
-import re
 import resource
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.data import DataLoader
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import grpo
 import lora
@@ -43,220 +41,154 @@ from data import (
     Loaded,
     Question,
     Questions,
+    ahead,
     check_clips,
     load_questions,
     prompt_text,
     questions_hash,
 )
-from files import InputError, parse_json, read_text, refuse_changes, sha256, write_text
-from journal import Journal
-from model import empty_lm, load_weights
+from files import (
+    InputError,
+    LocalError,
+    append_rows,
+    parse_json,
+    read_text,
+    refuse_changes,
+    rows_of,
+    sha256,
+    write_text,
+)
+from model import AudioLM, empty_lm, load_weights
 from plan import choose_plan, plan_line, print_plan, set_batch
-from reward import RewardError, final_answer, find_reward, string_match, wilson
+from report import wilson
+from reward import final_answer, find_reward, string_match
 from weights import checkpoint_hash, find_model
 
 log = logging.getLogger("omni_r1")
 
 # Options that may differ when a run is resumed: they change where and how it runs, not what it computes.
-FREE = "out accumulation questions_per_pass reshard checkpointing cpu_offload replicas workers timeout"
-FREE += " save_every keep save_model_every model_only samples wandb max_bad plan explain world_size"
-FREE += " gpu_memory gpu save_merged"
-AT_LEAST_ONE = "steps batch max_new_tokens save_every keep replicas updates eval_every"
-AT_LEAST_ZERO = "accumulation questions_per_pass hold_out save_model_every samples workers seed lora"
-AT_LEAST_ZERO += " world_size"
-MOST = {
-    "steps": 10**7,
-    "batch": 10**6,
-    "group_size": 4096,
-    "max_new_tokens": 10**5,
-    "updates": 1000,
-    "workers": 256,
-    "timeout": 10**5,
-    "lora": lora.MOST_RANK,
-    "world_size": 10**6,
-    "seed": 2**63,
-}
+FREE = "out accumulation reshard checkpointing cpu_offload replicas save_every save_minutes keep"
+FREE += " save_model_every plan explain world_size gpu"
 AUTO = ["auto", "on", "off"]
+MOST_BAD = 0.1  # share of the clips that may be replaced
+FIRST_SAVE = 5  # minutes until the first checkpoint, where --save_minutes is more
+WINDOW = 20  # steps of a moving average
+DRIFT = 0.05  # by how much reward and official score may part
+LEAP = 10.0  # a KL divergence, in nats a token, that no healthy run has
 
 
 # -------------------------------------------------------------------------------------------------- options
+
+
+class Parser(argparse.ArgumentParser):
+    """What is wrong with an option is one line, as for all other input."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (see --help)")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The docstring as it stands, and every option's default."""
 
 
+def at_least(least: float, kind: type = int) -> Callable[[str], float]:
+    """An option's type: a finite number from `least` on; 0 exclusive is a float's smallest."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value < 2**63:
+            raise ValueError
+        return value
+
+    return number
+
+
+COUNT = at_least(1)
+WHOLE = at_least(0)
+AMOUNT = at_least(0, float)
+POSITIVE = at_least(1e-12, float)
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    add_data_options(parser.add_argument_group("what is learned from"))
-    add_recipe_options(parser.add_argument_group("the recipe"))
-    add_machine_options(parser.add_argument_group("where it runs"))
-    add_output_options(parser.add_argument_group("what is written"))
+    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    add_recipe_options(parser)
+    add_run_options(parser)
     return parser.parse_args(argv)
 
 
-def add_data_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """What decides the result."""
+    add = parser.add_argument_group("what is learned from").add_argument
     add("--model", default="Qwen/Qwen2.5-Omni-7B", help="checkpoint folder or hub name")
-    add(
-        "--data",
-        nargs="+",
-        default=["data/avqa/train_qa.json"],
-        help="question file(s), in any format that data.py reads; the questions of a step come from one",
-    )
-    add(
-        "--audio_dir",
-        nargs="+",
-        default=["data/avqa/audio"],
-        help="folder of the clips, one for all question files or one each",
-    )
-    add(
-        "--shares",
-        nargs="+",
-        type=float,
-        default=[],
-        help="of several question files, each one's share of the steps (none given: equal shares)",
-    )
+    add("--data", nargs="+", default=["data/avqa/train_qa.json"], help="question file(s) in any known format")
+    add("--audio_dir", nargs="+", default=[None], help="folder(s) of the clips (None: beside the questions)")
+    add("--shares", nargs="+", type=AMOUNT, default=[], help="each file's share of the steps (none: equal)")
     add("--no_audio", action="store_true", help="drop the audio tokens from every prompt (Section IV-E)")
     add("--prompt", choices=list(PROMPTS), default="direct", help="how the answer is asked for")
-    add(
-        "--hold_out",
-        type=int,
-        default=0,
-        help="so many questions are kept from training, chosen by their id, and scored meanwhile",
-    )
-    add("--eval_data", default="", help="a question file that is scored meanwhile instead, 200 of it at most")
-    add("--eval_audio_dir", default=None, help="folder of its clips (None: beside the file)")
-    add("--eval_every", type=int, default=300, help="steps between held-out scores")
-    add("--max_bad", type=float, default=0.1, help="share of bad rows or clips that stops the run")
+    add("--hold_out", type=WHOLE, default=0, help="questions kept from training and scored meanwhile")
+    add("--eval_data", default="", help="a question file scored meanwhile instead, 200 of it at most")
+    add("--eval_audio_dir", help="folder of its clips (None: beside the file)")
+    add("--eval_every", type=COUNT, default=300, help="steps between held-out scores")
+    add = parser.add_argument_group("the recipe").add_argument
+    add("--steps", type=COUNT, default=1000, help="optimizer steps")
+    add("--batch", type=COUNT, default=8, help="questions of a step, over all processes")
+    add("--group_size", type=COUNT, default=4, help="responses per question, G")
+    add("--temperature", type=POSITIVE, default=1.2, help="sampling temperature of the rollout")
+    add("--max_new_tokens", type=COUNT, default=64, help="longest response, in tokens")
+    add("--reward", default="exact", help="exact, official, contains, or FILE.py:function (see reward.py)")
+    add("--format_weight", type=AMOUNT, default=0.0, help="reward for a reply in --prompt's form")
+    add("--beta", type=AMOUNT, default=0.04, help="weight of the KL divergence; 0: no reference model")
+    add("--epsilon", type=POSITIVE, default=0.2, help="clipping range of the probability ratio")
+    losses = ["sequence", "token", "dr"]
+    add("--loss", choices=losses, default="sequence", help="what weighs the same (grpo.rollout_loss)")
+    add("--updates", type=COUNT, default=1, help="optimizer steps on each rollout")
+    add("--lr", type=POSITIVE, default=1e-6, help="learning rate at the start; falls linearly to 0")
+    add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm")
+    add("--seed", type=WHOLE, default=0, help="of the order of questions and of sampling")
+    add("--lora", type=WHOLE, default=0, help="train low-rank pairs of this rank, nothing else; 0: all")
+    dtypes = ["auto", "bfloat16", "float32"]
+    add("--dtype", choices=dtypes, default="auto", help="of the computation; auto: bfloat16 on GPUs that can")
 
 
-def add_recipe_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--steps", type=int, default=1000, help="optimizer steps")
-    add("--batch", type=int, default=8, help="questions of a step, over all processes")
-    add(
-        "--accumulation",
-        type=int,
-        default=0,
-        help="instead of --batch: questions of a step for each process (the paper: 2 on each of 4 GPUs)",
-    )
-    add("--group_size", type=int, default=4, help="responses per question, G")
-    add("--temperature", type=float, default=1.2, help="sampling temperature of the rollout")
-    add("--max_new_tokens", type=int, default=64, help="longest response, in tokens")
-    add(
-        "--reward",
-        default="exact",
-        help="exact: the right choice and no wrong one; contains: Eq. 2 to the letter, which pays for "
-        "listing all choices; or FILE.py:function, called with (response, answer, choices)",
-    )
-    add("--format_weight", type=float, default=0.0, help="reward for a reply in the form that --prompt asks")
-    add("--beta", type=float, default=0.04, help="weight of the KL divergence; 0: no reference model")
-    add("--epsilon", type=float, default=0.2, help="clipping range of the probability ratio")
-    add("--epsilon_high", type=float, default=None, help="its upper side, if another (DAPO: 0.28)")
-    add(
-        "--loss",
-        choices=["sequence", "token", "dr"],
-        default="sequence",
-        help="what weighs the same: sequence, each response (GRPO); token, each token (DAPO); dr, each token "
-        "over the longest allowed (Dr. GRPO)",
-    )
-    add("--scale_rewards", choices=["on", "off"], default="on", help="divide by the group's deviation")
-    add("--mask_truncated", action="store_true", help="responses that were cut do not count in the loss")
-    add("--updates", type=int, default=1, help="optimizer steps on each rollout")
-    add("--lr", type=float, default=1e-6, help="learning rate at the start; falls linearly to 0")
-    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    add("--seed", type=int, default=0, help="of the order of questions and of sampling")
-    add("--lora", type=int, default=0, help="train low-rank pairs of this rank, nothing else; 0: all")
-    add("--lora_alpha", type=float, default=32.0, help="the pairs are scaled by this over --lora")
-
-
-def add_machine_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--dtype",
-        choices=["auto", "bfloat16", "float32"],
-        default="auto",
-        help="of the computation; weights that learn are float32. auto: bfloat16 on GPUs that have it",
-    )
-    add(
-        "--questions_per_pass",
-        type=int,
-        default=0,
-        help="of a process's questions of a step, how many go through the model at once (0: as many as fit)",
-    )
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What decides where the result is computed, and what is written on the way."""
+    add = parser.add_argument_group("where it runs").add_argument
+    add("--accumulation", type=WHOLE, default=0, help="passes of a process a step (0: as few as fit)")
     add("--reshard", choices=AUTO, default="auto", help="free each layer's gathered weights after use")
     add("--checkpointing", choices=AUTO, default="auto", help="recompute activations in the backward pass")
+    places = ["auto", "off", "moments", "on"]
     add(
-        "--cpu_offload",
-        choices=["auto", "off", "moments", "on"],
-        default="auto",
-        help="what lies in host memory: nothing, AdamW's moments, or (on) all shards and gradients as well",
+        "--cpu_offload", choices=places, default="auto", help="what lies in host memory: AdamW's moments, all"
     )
-    add("--replicas", type=int, default=1, help="copies of the shards: one a node, say")
-    add("--workers", type=int, default=1, help="processes per GPU that decode audio ahead of time")
-    add("--timeout", type=float, default=30.0, help="minutes after which a hung collective ends the run")
+    add("--replicas", type=COUNT, default=1, help="copies of the shards: one a node, say")
     add("--plan", action="store_true", help="print the memory, time and disk that the run takes, and stop")
-    add("--world_size", type=int, default=0, help="--plan: number of GPUs (0: as found)")
-    add("--gpu_memory", type=float, default=0, help="GiB per GPU (0: as found)")
-    add("--gpu", default="", help="--plan: the card's name, for its speed (as found)")
-
-
-def add_output_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
+    add("--world_size", type=WHOLE, default=0, help="--plan: number of GPUs (0: as found)")
+    add("--gpu", default="", help="--plan: the card's name, or its GiB (as found)")
+    add = parser.add_argument_group("what is written").add_argument
     add("--out", default="results/omni-avqa", help="the run's folder: log, samples, checkpoints, model")
-    add("--save_every", type=int, default=100, help="steps between checkpoints (12 bytes a parameter)")
-    add("--keep", type=int, default=2, help="checkpoints kept")
-    add("--save_model_every", type=int, default=0, help="steps between model folders (0: the last alone)")
-    add(
-        "--model_only",
-        choices=["thinker"],
-        default=None,
-        help="save Qwen2.5-Omni's thinker alone; else its other parts are copied from the base",
-    )
-    add("--save_merged", choices=["on", "off"], default="on", help="with --lora: O/model beside O/adapter")
-    add("--samples", type=int, default=1, help="questions a step whose responses are written down")
-    add("--wandb", default="", help="project for Weights & Biases, where that is installed")
+    add("--save_minutes", type=POSITIVE, default=20, help="minutes between checkpoints; the first after 5")
+    add("--save_every", type=WHOLE, default=0, help="steps between checkpoints instead (0: by minutes)")
+    add("--keep", type=COUNT, default=2, help="checkpoints kept (12 bytes a parameter each)")
+    add("--save_model_every", type=WHOLE, default=0, help="steps between model folders (0: the last alone)")
     add("--explain", action="store_true", help="print one question's step with all its numbers, and stop")
 
 
 def check_arguments(config: argparse.Namespace) -> None:
-    """Raise InputError for values that make no sense, before anything is read."""
-    for name in AT_LEAST_ONE.split():
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least 1")
-    for name in AT_LEAST_ZERO.split():
-        if getattr(config, name) < 0:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least 0")
-    for name in ("temperature", "lr", "max_grad_norm", "timeout", "lora_alpha"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise InputError(f"--{name} {getattr(config, name)}: must be a number above 0")
-    for name in ("beta", "format_weight", "max_bad", "gpu_memory"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise InputError(f"--{name} {getattr(config, name)}: must be a number of at least 0")
-    for name, most in MOST.items():
-        if getattr(config, name) > most:
-            raise InputError(f"--{name} {getattr(config, name)}: at most {most:,}")
+    """InputError for options that contradict one another, before anything is read."""
     if config.format_weight and config.prompt == "direct":
-        raise InputError("--format_weight: --prompt direct asks for no form; give --prompt answer or think")
+        raise InputError("--format_weight: --prompt direct asks for no form; give another --prompt")
     if config.group_size < 2:
         raise InputError(f"--group_size {config.group_size}: an advantage needs a group of at least 2")
-    if not 0 < config.epsilon < 1:
-        raise InputError(f"--epsilon {config.epsilon}: must lie between 0 and 1")
-    if config.epsilon_high is not None and not 0 < config.epsilon_high < 100:
-        raise InputError(f"--epsilon_high {config.epsilon_high}: must lie between 0 and 100")
     files = len(config.data)
     if len(config.audio_dir) not in (1, files):
         raise InputError(f"--audio_dir: {len(config.audio_dir)} folders for {files} files; give 1 or {files}")
     shares = config.shares or [1.0] * files
-    if len(shares) != files or not 0 < sum(shares) < math.inf or min(shares) < 0:
-        raise InputError(f"--shares: give {files} numbers, one for each file, none negative")
+    if len(shares) != files or sum(shares) == 0:
+        raise InputError(f"--shares: give {files} numbers, one for each file")
     if config.hold_out and config.eval_data:
         raise InputError("--hold_out and --eval_data: give one of them")
     if config.lora and config.cpu_offload in ("moments", "on"):
         raise InputError(f"--cpu_offload {config.cpu_offload}: with --lora there is nothing worth offloading")
-    if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise InputError("--wandb: wandb is not installed (pip install wandb)")
 
 
 # ------------------------------------------------------------------------------------------------- the run
@@ -281,61 +213,51 @@ class Run:
         self.step = 0
         self.bad_clips = 0
         self.questions = Questions(loaded.files, self.policy.prompts.encode, config, rank=rank, world=world)
-        self.fingerprint = settings(config, loaded)
-        self.fingerprint["dtype"] = str(self.dtype).removeprefix("torch.")
-        self.fingerprint["weights"] = checkpoint_hash(find_model(config.model))
 
     def load_models(self, longest_clip: float) -> None:
-        """The policy in fp32 shards, and the reference in the compute dtype; nothing whole in any process."""
+        """The policy in fp32 shards, and the reference in the compute dtype; nothing whole in any process.
+
+        With --lora there is one model in the compute dtype, frozen: without its pairs it is the reference.
+        """
         config = self.config
         shape = (config.replicas, self.world // config.replicas)
-        self.policy = empty_lm(config.model, torch.float32, self.hears, config.prompt)
+        stored = self.dtype if config.lora else torch.float32
+        self.policy = empty_lm(config.model, stored, self.hears, config.prompt)
         longest = min(longest_clip, self.policy.prompts.seconds)  # what is longer is cut
         self.plan = choose_plan(self.policy.model, shape[1], self.dtype, config, self.device, longest)
-        self.layout = self.plan.layout
+        layout = self.plan.layout
+        self.layout = layout
         if self.rank == 0:
             log.info(plan_line(self.plan))
+        if layout.checkpointing:
+            fsdp.checkpoint_activations(self.policy)
         mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
         if config.replicas == 1:
             mesh = mesh["shard"]
-        layout = {"reshard": self.layout.reshard, "gathered_rollout": self.layout.gathered_rollout}
-        offload = self.layout.offload == "all"
-        home = self.device
-        if offload:
-            home = torch.device("cpu")
-
-        if config.lora:
-            self.load_frozen(mesh, layout)
-            return
-        if self.layout.checkpointing:
-            fsdp.checkpoint_activations(self.policy)
-        if self.world > 1 or self.dtype != torch.float32 or offload:
-            fsdp.shard(self.policy, mesh, self.dtype, **layout, cpu_offload=offload)
-        load_weights(self.policy, home, compute=self.device)
+        offload = layout.offload == "all"
+        sharded = self.world > 1 and (layout.reshard or not config.lora)
+        if sharded or stored != self.dtype or offload:
+            how = {"reshard": layout.reshard, "gathered_rollout": layout.gathered_rollout}
+            fsdp.shard(self.policy, mesh, self.dtype, **how, cpu_offload=offload)
+        load_weights(self.policy, "cpu" if offload else self.device, compute=self.device)
         self.policy.dtype = self.dtype
-        self.policy.average = fsdp.average
-
         self.reference = None
-        if config.beta:
-            self.reference = empty_lm(config.model, self.dtype, self.hears, config.prompt)
-            on_host = self.layout.reference_on_host
-            if self.world > 1 or on_host:  # no backward comes: each layer goes once it was used
-                fsdp.shard(self.reference, mesh, self.dtype, reshard=True, cpu_offload=on_host)
-            load_weights(self.reference, home if on_host else self.device, compute=self.device)
-            self.reference.requires_grad_(False)
+        if config.lora:
+            self.pairs = lora.attach(self.policy, config.lora, 2 * config.lora, seed=config.seed)
+            self.reference = self.pairs
+        elif config.beta:
+            self.reference = self.load_reference(mesh)
+        if config.beta == 0:
+            self.reference = None
 
-    def load_frozen(self, mesh: DeviceMesh, layout: dict) -> None:
-        """--lora: one model in the compute dtype, frozen, and its pairs. Without them it is the reference."""
-        config = self.config
-        self.policy = empty_lm(config.model, self.dtype, self.hears, config.prompt)
-        if self.layout.checkpointing:
-            fsdp.checkpoint_activations(self.policy)
-        if self.world > 1 and self.layout.reshard:
-            fsdp.shard(self.policy, mesh, self.dtype, **layout)
-        load_weights(self.policy, self.device, compute=self.device)
-        self.policy.average = fsdp.average
-        self.pairs = lora.attach(self.policy, config.lora, config.lora_alpha, seed=config.seed)
-        self.reference = self.pairs if config.beta else None
+    def load_reference(self, mesh: DeviceMesh) -> AudioLM:
+        """No backward comes: each layer's gathered weights go once they were used."""
+        reference = empty_lm(self.config.model, self.dtype, self.hears, self.config.prompt)
+        on_host = self.layout.reference_on_host
+        if self.world > 1 or on_host:
+            fsdp.shard(reference, mesh, self.dtype, reshard=True, cpu_offload=on_host)
+        load_weights(reference, "cpu" if on_host else self.device, compute=self.device)
+        return reference.requires_grad_(False)
 
     def make_optimizer(self) -> None:
         """AdamW on the parameters that learn, its state there from the start, so that all of it is saved."""
@@ -357,50 +279,71 @@ class Run:
                     state[name] = state[name].cpu()
 
     def batches(self) -> Iterator[list[Asked]]:
-        """This process's questions of each step from the next on, decoded ahead by other processes."""
+        """This process's questions of each step from the next on, decoded ahead by a thread."""
         each = self.config.batch // self.world
-        todo = range(self.step * each, len(self.questions))
-        options = fsdp.loader_options(self.config.workers)
-        if options:
-            options["prefetch_factor"] = 4
-        return iter(DataLoader(self.questions, each, sampler=todo, collate_fn=list, **options))
+        batch = []
+        for asked in ahead(
+            self.questions.__getitem__, range(self.step * each, len(self.questions)), 4 * each
+        ):
+            batch.append(asked)
+            if len(batch) == each:
+                yield batch
+                batch = []
 
-    def take_step(self, asked: list[Asked]) -> tuple[dict, list[dict]]:
-        """One step of grpo.py on this process's questions. Returns its row for the log, and its samples."""
-        self.grad_norm = 0.0
-        rate = self.learning_rate()
-        size = self.layout.questions_per_pass
-        passes = [asked[i : i + size] for i in range(0, len(asked), size)]
-        totals, rollouts = grpo.step(
-            self.policy, self.reference, passes, self.config, self.reward, self.update
-        )
+    # ------------------------------------------------------------------------------------------ one step
+
+    def take_step(self, asked: list[Asked]) -> tuple[dict[str, float], list[grpo.Rollout]]:
+        """One step of Section III-B on this process's questions, in the paper's order.
+
+        Returns the metrics as sums over the questions, and all that was said.
+        """
+        config = self.config
+        totals = {}
+        started = clock()
+        rollouts = []
+        size = self.layout.questions_per_pass  # what goes through at once changes memory, not the result
+        for first in range(0, len(asked), size):
+            # Roll out G responses to each question; rewards, Eq. 2; advantages, Eq. 1.
+            rollouts.append(grpo.roll_out(self.policy, asked[first : first + size], config, self.reward))
+        grpo.add(totals, {"seconds_rollout": clock() - started})
+        for rollout in rollouts:
+            grpo.add(totals, grpo.rollout_metrics(rollout, self.policy.eos, config.prompt))
+        length = self.mean_length(rollouts)
+        for _ in range(config.updates):
+            for rollout in rollouts:
+                share = len(rollout.asked) / len(asked)
+                # Score: the log-probs of every response's tokens, under the reference and the policy.
+                started = clock()
+                logps, entropy = grpo.score(self.policy, self.reference, rollout)
+                # Loss, Eq. 3 and 4; backward.
+                loss, found = grpo.rollout_loss(logps, rollout, config, length)
+                scored = clock()
+                (loss * share).backward()
+                grpo.add(totals, {**found, "entropy": entropy}, len(rollout.asked) / config.updates)
+                grpo.add(totals, {"seconds_score": scored - started, "seconds_update": clock() - scored})
+            # Update.
+            started = clock()
+            self.update(rollouts)
+            grpo.add(totals, {"seconds_update": clock() - started})
         self.step += 1
-        row = {"step": self.step}
-        parts = fsdp.gather_objects(totals)
-        for name in totals:
-            row[name] = sum(part[name] for part in parts) / self.config.batch
-            if name.startswith("seconds"):  # of a process, not of a question
-                row[name] *= self.config.batch / self.world
-        row["entropy"] /= row.pop("taught")  # the share of the questions whose responses were scored
-        row["grad_norm"] = self.grad_norm
-        row["learning_rate"] = rate
-        row["peak_memory_mb"] = peak_memory_mb(self.device)
-        if not math.isfinite(row["loss"]) or not math.isfinite(self.grad_norm):
-            self.report_nonfinite(rollouts)
-        return row, self.shown(rollouts)
+        return totals, rollouts
 
-    def update(self) -> None:
-        """Clip the gradients and step; not at all if they are not finite, which `take_step` reports."""
+    def update(self, rollouts: list[grpo.Rollout]) -> None:
+        """Clip the gradients and step; InputError, before any weight moves, where they are not finite."""
         if self.config.lora:
             fsdp.average_gradients(list(self.parameters.values()))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
-        if math.isfinite(self.grad_norm):
-            self.grad_norm = norm.item()
-        if math.isfinite(self.grad_norm):
-            self.optimizer.param_groups[0]["lr"] = self.learning_rate()
-            self.optimizer.step()
+        self.grad_norm = norm.item()
+        if not math.isfinite(self.grad_norm):
+            file = Path(self.config.out) / f"nonfinite-rank-{self.rank}.jsonl"
+            append_rows(file, [row for rollout in rollouts for row in sample_rows(rollout)])
+            raise InputError(
+                f"step {self.step + 1}: loss or gradient is not finite; {file} has the questions and answers"
+            )
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate()
+        self.optimizer.step()
         self.optimizer.zero_grad()
         fsdp.release(self.policy)
 
@@ -408,53 +351,36 @@ class Run:
         """Of the next step: linear to 0."""
         return self.config.lr * (self.config.steps - self.step) / self.config.steps
 
-    def report_nonfinite(self, rollouts: list[grpo.Rollout]) -> None:
-        """Write down what was asked and answered, and end the run: the weights have not moved."""
-        file = Path(self.config.out) / f"nonfinite-step-{self.step}-rank-{self.rank}.json"
-        rows = []
-        for rollout in rollouts:
-            for one, texts in zip(rollout.asked, rollout.texts, strict=True):
-                question = one.question
-                rows.append({"id": question.id, "question": question.question, "responses": texts})
-        write_text(file, json.dumps(rows, indent=1, ensure_ascii=False))
-        asked = []
-        for part in fsdp.gather_objects([row["id"] for row in rows]):
-            asked += part
-        raise InputError(
-            f"step {self.step}: loss or gradient is not finite for questions {', '.join(asked)}; see {file}. "
-            "The last checkpoint is intact"
-        )
+    def mean_length(self, rollouts: list[grpo.Rollout]) -> float:
+        """Tokens of a response of this step, over all processes; only `--loss token` needs it."""
+        if self.config.loss != "token":
+            return 0.0
+        lengths = torch.cat([rollout.response_lengths() for rollout in rollouts])
+        return fsdp.average(lengths.float().mean().item())
 
-    def shown(self, rollouts: list[grpo.Rollout]) -> list[dict]:
-        """The first --samples questions of the step, whichever process asked them."""
-        samples = []
-        for rollout in rollouts:
-            for b, one in enumerate(rollout.asked):
-                if one.k < self.config.samples:
-                    samples.append(sample_row(one, rollout, b))
-        everywhere = []
-        for part in fsdp.gather_objects(samples):
-            everywhere += part
-        return sorted(everywhere, key=lambda sample: sample["k"])
-
-    def count_bad_clips(self, asked: list[Asked]) -> None:
-        """Name the clips that were replaced; InputError, on all processes, where they are too many."""
+    def name_bad_clips(self, asked: list[Asked]) -> int:
+        """Name the clips that were replaced. Returns their number."""
+        bad = 0
         for one in asked:
+            bad += len(one.bad)
             for why in one.bad:
                 log.warning("step %d: replaced: %s", one.step, why)
-        bad = []
-        hopeless = []
-        for one in asked:
-            bad += one.bad
             if one.prompt is None:
-                hopeless = list(one.bad)
-        for part in fsdp.gather_objects(hopeless):
-            if part:
-                raise InputError(f"{len(part)} clips in a row cannot be decoded, the last: {part[-1]}")
-        self.bad_clips += sum(fsdp.gather_objects(len(bad)))
-        asked_so_far = (self.step + 1) * self.config.batch
-        if self.bad_clips > self.config.max_bad * max(100, asked_so_far):
-            raise InputError(f"{self.bad_clips} clips could not be decoded, each named above; see --max_bad")
+                raise LocalError(f"{len(one.bad)} clips in a row cannot be decoded, the last: {one.bad[-1]}")
+        return bad
+
+    def row(self, parts: list[dict]) -> dict[str, float]:
+        """The step's row for the log, from the sums of all processes."""
+        row = {"step": self.step}
+        for name in parts[0]:
+            row[name] = sum(part[name] for part in parts) / self.config.batch
+            if name.startswith("seconds"):  # of a process, not of a question
+                row[name] *= self.config.batch / self.world
+        row["grad_norm"] = self.grad_norm
+        row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        row["peak_memory_mb"] = peak_memory_mb(self.device)
+        row["bad_clips"] = self.bad_clips
+        return row
 
     # ---------------------------------------------------------------------------------------- held out
 
@@ -516,14 +442,14 @@ class Run:
 
     def save(self) -> None:
         out = Path(self.config.out)
-        about = {"step": self.step, "bad_clips": self.bad_clips, "run": self.fingerprint}
+        about = {"step": self.step, "bad_clips": self.bad_clips}
         files = [out / "log.jsonl", out / "samples.jsonl"]
         fsdp.save_checkpoint(out, self.step, self.state(), about, keep=self.config.keep, files=files)
 
     def resume(self) -> None:
         """Load the newest whole checkpoint under --out, if any. InputError if it is of other arguments."""
         out = Path(self.config.out)
-        found = fsdp.newest_intact(out)
+        found = fsdp.newest_checkpoint(out)
         need = sum(self.plan.disk.values())
         if found:
             need /= 2
@@ -533,7 +459,6 @@ class Run:
             raise InputError(f"{out}: {free / 2**30:.1f} GiB free of {needed}")
         if found:
             about = parse_json(read_text(found / "run.json"))
-            refuse_changes(out, then=about["run"], now=self.fingerprint)
             fsdp.load_checkpoint(found, self.state())
             self.step = about["step"]
             self.bad_clips = about["bad_clips"]
@@ -547,47 +472,46 @@ class Run:
         """O/model or O/model-step-N, with a model card; with --lora, O/adapter as well. Collective."""
         config = self.config
         out = Path(config.out)
-        card = {
-            "base": config.model,
-            "data": config.data,
-            "steps": self.step,
-            "settings": self.fingerprint,
-        }
-        if not config.lora or config.save_merged == "on":
-            self.policy.save(out / f"model{suffix}", parts=config.model_only or "all", card=card)
+        self.policy.save(out / f"model{suffix}", card={**vars(config), "steps": self.step})
         if config.lora and self.rank == 0:
             lora.save_adapter(self.pairs, out / f"adapter{suffix}", config.model)
 
 
-def sample_row(one: Asked, rollout: grpo.Rollout, b: int) -> dict:
-    """Question b of a rollout with all that was said to it, a row of samples.jsonl."""
-    question = one.question
-    return {
-        "step": one.step,
-        "k": one.k,
-        "id": question.id,
-        "question": question.question,
-        "choices": list(question.choices),
-        "answer": question.answer,
-        "audio": question.audio,
-        "responses": rollout.texts[b],
-        "rewards": rollout.rewards[b].tolist(),
-        "advantages": rollout.advantages[b].tolist(),
-    }
+def sample_rows(rollout: grpo.Rollout) -> list[dict]:
+    """A rollout's questions with all that was said to them, rows of samples.jsonl."""
+    rows = []
+    for b, one in enumerate(rollout.asked):
+        question = one.question
+        row = {
+            "step": one.step,
+            "k": one.k,
+            "id": question.id,
+            "question": question.question,
+            "choices": list(question.choices),
+            "answer": question.answer,
+            "audio": question.audio,
+            "responses": rollout.texts[b],
+            "rewards": rollout.rewards[b].tolist(),
+            "advantages": rollout.advantages[b].tolist(),
+        }
+        rows.append(row)
+    return rows
 
 
-def settings(config: argparse.Namespace, loaded: Loaded) -> dict:
-    """The options that decide what a run computes, and what stands in the files that they name."""
+def settings(config: argparse.Namespace, loaded: Loaded, device: torch.device) -> dict:
+    """What decides a run's result: options, and what stands in the files that they name."""
     decisive = {}
     for name, value in vars(config).items():
         if name not in FREE.split():
             decisive[name] = value
+    decisive["dtype"] = str(fsdp.compute_dtype(config.dtype, device)).removeprefix("torch.")
+    decisive["weights"] = checkpoint_hash(find_model(config.model))
     decisive["questions"] = []
     for questions in [*loaded.files, loaded.held_out]:
         decisive["questions"].append(f"{len(questions)}, {questions_hash(questions)}")
     file, _, _ = config.reward.rpartition(":")
-    if Path(file).is_file():
-        decisive["reward"] += f" {sha256(Path(file).read_bytes())}"
+    if file:
+        decisive["reward"] += f" {sha256(read_text(file).encode())}"
     return decisive
 
 
@@ -597,7 +521,140 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def clock() -> float:
+    """Seconds, once the device has done what it was asked: kernels run behind Python's back."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+# ----------------------------------------------------------------------------------------- what is written
+
+
+class Journal:
+    """log.jsonl, a row a step and one a held-out score; samples.jsonl; TensorBoard where that is installed.
+
+    A rising reward proves nothing: what would make it look good without being good is told in words, once.
+    """
+
+    def __init__(self, config: argparse.Namespace, step: int):
+        self.out = Path(config.out)
+        self.format_weight = config.format_weight
+        self.rows = [row for row in rows_of(self.out / "log.jsonl") if "loss" in row]  # of the steps
+        self.told = set()
+        self.board = tensorboard(self.out, step)
+
+    def write(self, row: dict, samples: Iterable[dict] = ()) -> None:
+        append_rows(self.out / "log.jsonl", [row])
+        append_rows(self.out / "samples.jsonl", samples)
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["step"])
+            self.board.flush()
+        if "loss" not in row:
+            return
+        self.rows.append(row)
+        for name, words in warnings_of(self.rows, self.format_weight).items():
+            if name not in self.told:
+                log.warning("step %d: %s", row["step"], words)
+            self.told.add(name)
+
+
+def warnings_of(rows: list[dict], format_weight: float = 0.0) -> dict[str, str]:
+    """What the last rows of the log give reason to doubt: name -> words.
+
+    Reward and official score part where their distance has grown by more than DRIFT, from the first 10 steps
+    to the last 20; only the growth counts, and not what --format_weight pays for the form.
+    """
+    told = {}
+    last = rows[-WINDOW:]
+    recent = rows[-WINDOW // 2 :]
+    if len(recent) == WINDOW // 2 and mean(recent, "frac_reward_zero_std") == 1:
+        told["nothing"] = (
+            f"nothing is learned: in {len(recent)} steps no group's rewards differ (reward "
+            f"{mean(recent, 'reward'):.2f}; {mean(recent, 'named_none'):.0%} of the answers name no choice). "
+            "Read samples.jsonl, and try --explain"
+        )
+    if rows[-1]["kl"] > LEAP:
+        told["leap"] = f"the KL divergence leaps to {rows[-1]['kl']:.1f}: a smaller --lr, or a larger --beta"
+    if len(rows) < WINDOW:
+        return told
+    gaps = []
+    for some in (rows[: WINDOW // 2], last):
+        form = format_weight * mean(some, "asked_form")
+        gaps.append(mean(some, "reward") - form - mean(some, "official"))
+    if gaps[1] - gaps[0] > DRIFT:
+        reasons = []
+        for name, what in SIGNS.items():
+            reasons.append(f"{what} {mean(rows[: WINDOW // 2], name):.2f} -> {mean(last, name):.2f}")
+        told["drift"] = (
+            f"reward and score part: over the last {WINDOW} steps the reward is {mean(last, 'reward'):.2f}, "
+            f"but the benchmarks' rule finds {mean(last, 'official'):.2f} of the answers right "
+            f"({'; '.join(reasons)}). Read samples.jsonl; --reward official pays what the score counts"
+        )
+    return told
+
+
+SIGNS = {
+    "hedged": "naming several choices",
+    "named_none": "naming none",
+    "completion_length": "tokens of an answer",
+}
+
+
+def mean(rows: list[dict], name: str) -> float:
+    return sum(row.get(name, 0.0) for row in rows) / len(rows)
+
+
+def tensorboard(out: Path, step: int) -> Any:
+    """A writer of TensorBoard's events that forgets later steps, which will come again; None without it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out), purge_step=step + 1)
+
+
 # ---------------------------------------------------------------------------------------------------- main
+
+
+def train(config: argparse.Namespace) -> int:
+    """The whole run, from where it was left. Returns the exit code."""
+    check_arguments(config)
+    if config.plan:
+        print_plan(config)
+        return 0
+    rank, world, device = fsdp.start_processes()
+    if config.explain:
+        config.batch = 1  # which several processes cannot share
+    set_batch(config, world)
+    out = Path(config.out)
+    if not config.explain:
+        held = fsdp.hold(out)  # noqa: F841 (until the process ends)
+    loaded = load_questions(config, check_clips_together)
+    if config.explain:
+        explain(Run(config, rank=rank, world=world, device=device, loaded=loaded))
+        return 0
+    now = settings(config, loaded, device)
+    if is_finished(config, now):
+        if rank == 0:
+            print(f"{result(config)} exists, so this run is finished; take another --out for a new one")
+        return 0
+    run = Run(config, rank=rank, world=world, device=device, loaded=loaded)
+    run.resume()
+    journal = None
+    if rank == 0:
+        about = {
+            **vars(config),
+            "layout": str(run.layout),
+            "parameters": run.plan.work.sizes.whole,
+            "settings": now,
+        }
+        write_text(out / "config.json", json.dumps(about, indent=1))
+        journal = Journal(config, run.step)
+    stop = fsdp.Stop()
+    with logging_redirect_tqdm():
+        return learn(run, journal, stop)
 
 
 def check_clips_together(clips: list[str]) -> dict[str, str | float]:
@@ -610,25 +667,16 @@ def check_clips_together(clips: list[str]) -> dict[str, str | float]:
 
 
 def is_finished(config: argparse.Namespace, now: dict) -> bool:
-    """Whether --out holds a finished run of the same settings. InputError if it is of others."""
+    """Whether --out holds a finished run. InputError if it holds anything of other settings."""
     out = Path(config.out)
-    there = [name for name in ("model", "adapter", "log.jsonl", "samples.jsonl") if (out / name).exists()]
-    if not there:
+    if not any((out / name).exists() for name in ("model", "adapter", "checkpoints", "log.jsonl")):
         return False
     try:
-        then = parse_json(read_text(out / "config.json"))
-        then["settings"].keys()
-    except (InputError, ValueError, TypeError, KeyError, AttributeError):
-        raise InputError(f"{out}/{there[0]} is of no run of this program's; take another --out") from None
-    if there[0] not in ("model", "adapter"):
-        return False
-    refuse_changes(out, then=then["settings"], now=now)
-    if not result(config).exists():
-        return False
-    if dist.get_rank() == 0:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # a kill may have come before
-        print(f"{result(config)} exists, so this run is finished; take another --out for a new one")
-    return True
+        then = parse_json(read_text(out / "config.json"))["settings"]
+        refuse_changes(out, then=then, now=now)
+    except (ValueError, TypeError, LookupError):
+        raise InputError(f"{out} holds no run of this program's; take another --out") from None
+    return result(config).exists()
 
 
 def result(config: argparse.Namespace) -> Path:
@@ -637,96 +685,90 @@ def result(config: argparse.Namespace) -> Path:
     return Path(config.out) / name
 
 
-def train(config: argparse.Namespace) -> int:
-    """The whole run, from where it was left. Returns the exit code."""
-    check_arguments(config)
-    if config.plan:
-        print_plan(config)
-        return 0
-    rank, world, device = fsdp.start_processes(config.timeout)
-    set_batch(config, world)
-    if config.explain:
-        return explain(config, device)
-    out = Path(config.out)
-    held = fsdp.hold(out)
-    loaded = load_questions(config, check_clips_together)
-    now = settings(config, loaded)
-    if is_finished(config, now):
-        return 0
-    run = Run(config, rank=rank, world=world, device=device, loaded=loaded)
-    run.resume()
-    stop = fsdp.Stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    journal = None
-    if rank == 0:
-        kept = {**vars(config), "settings": now}
-        write_text(out / "config.json", json.dumps(kept, indent=1))
-        log.info("settings: %s", run.fingerprint)
-        journal = Journal(out, run.step, vars(config), config.wandb)
-    code = learn(run, journal, stop)
-    if rank == 0:
-        journal.close()
-    del held
-    return code
-
-
 def learn(run: Run, journal: Journal | None, stop: fsdp.Stop) -> int:
     """Step after step until the last, or until a signal. Returns the exit code."""
     config = run.config
-    last_saved = run.step
+    saved_at = time.monotonic() - 60 * max(0, config.save_minutes - FIRST_SAVE)
     if run.step == 0:
-        score(run, journal)
-    progress = tqdm(
-        total=config.steps,
-        initial=run.step,
-        unit="step",
-        disable=run.rank > 0,
-        dynamic_ncols=True,
-    )
-    batches = run.batches()
-    while run.step < config.steps:
-        signals = fsdp.gather_objects(stop.signal)
-        if any(signals):
-            progress.close()
-            if run.step > last_saved:
-                run.save()
-            if run.rank == 0:
-                where = f"step {run.step} is saved" if run.step else "no step was taken"
-                print(f"stopped by a signal; {where}, the same command goes on from there")
-            return 128 + max(signals)
-        started = time.perf_counter()
-        asked = next(batches)
-        waited = time.perf_counter() - started
-        run.count_bad_clips(asked)
-        row, samples = run.take_step(asked)
-        row["seconds_wait"] = fsdp.average(waited)
-        row["bad_clips"] = run.bad_clips
+        write_held_out(run, journal)
+    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=run.rank > 0)
+    ready = time.perf_counter()
+    for asked in run.batches():
+        waited = time.perf_counter() - ready
+        bad = run.name_bad_clips(asked)
+        totals, rollouts = run.take_step(asked)
+        totals["seconds_wait"] = waited
+        bar.update()
+        samples = [row for rollout in rollouts for row in sample_rows(rollout) if row["k"] == 0]
+        mine = (totals, samples, bad, stop.signal, time.monotonic() - saved_at)
+        totals, samples, bad, signals, unsaved = zip(*fsdp.gather_objects(mine), strict=True)
+        run.bad_clips += sum(bad)
         if run.rank == 0:
-            journal.write(row)
-            journal.show(samples)
-        progress.set_postfix(reward=f"{row['reward']:.2f}", official=f"{row['official']:.2f}", refresh=False)
-        progress.update()
-        last = run.step == config.steps
-        if run.step % config.eval_every == 0 or last:
-            score(run, journal)
-        if config.save_model_every and run.step % config.save_model_every == 0 and not last:
+            journal.write(run.row(totals), sum(samples, []))
+            say(journal.rows, config.steps)
+        if run.bad_clips > MOST_BAD * max(100, run.step * config.batch):
+            raise InputError(f"{run.bad_clips} clips could not be decoded, each named above")
+        if run.step == config.steps:
+            break
+        if run.step % config.eval_every == 0:
+            write_held_out(run, journal)
+        if config.save_model_every and run.step % config.save_model_every == 0:
             run.save_model(f"-step-{run.step}")
-        if run.step % config.save_every == 0 and not last:
+        due = unsaved[0] > 60 * config.save_minutes  # rank 0's clock decides for all
+        if config.save_every:
+            due = run.step % config.save_every == 0
+        if any(signals):
+            stop.close()  # all have come to the end of the step, and may take their time
+        if due or any(signals):
             run.save()
-            last_saved = run.step
-    progress.close()
+            saved_at = time.monotonic()
+        if any(signals):
+            bar.close()
+            if run.rank == 0:
+                print(f"stopped by a signal; step {run.step} is saved, the same command goes on from there")
+            return 128 + max(signals)
+        ready = time.perf_counter()
+    bar.close()
+    write_held_out(run, journal)
     run.save_model()
+    stop.close()
     if run.rank == 0:
         saved = result(config)
         for path in [*saved.iterdir(), saved, saved.parent]:
             fsdp.sync(path)  # the disk has it before the checkpoints go
         shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
-        print(f"saved {saved}")
+        print(summary(run, journal))
     return 0
 
 
-def score(run: Run, journal: Journal | None) -> None:
+def say(rows: list[dict], steps: int) -> None:
+    """Ten times a run, what a person who watches wants to know: means of the last steps."""
+    step = rows[-1]["step"]
+    if step % math.ceil(steps / 10):
+        return
+    last = rows[-WINDOW:]
+    seconds = sum(mean(last, f"seconds_{part}") for part in ("wait", "rollout", "score", "update"))
+    shown = f"reward {mean(last, 'reward'):.2f}, official {mean(last, 'official'):.2f}, "
+    shown += f"kl {mean(last, 'kl'):.3f}, groups that teach {1 - mean(last, 'frac_reward_zero_std'):.0%}"
+    left = (steps - step) * seconds / 3600
+    log.info("step %d: %s; %.2f s a step, %.1f h left", step, shown, seconds, left)
+
+
+def summary(run: Run, journal: Journal) -> str:
+    """The run's last words: what it learned, what is doubtful, what to do next."""
+    out = Path(run.config.out)
+    first = mean(journal.rows[: WINDOW // 2], "reward")
+    lines = [
+        f"saved {result(run.config)}; reward {first:.2f} -> {mean(journal.rows[-WINDOW:], 'reward'):.2f}"
+    ]
+    for words in warnings_of(journal.rows, run.config.format_weight).values():
+        lines.append(f"but {words}")
+    lines.append(f"next: python evaluate.py --model {out / 'model'} --data BENCHMARK.json --audio_dir CLIPS")
+    lines.append(f"      python report.py {out.parent}")
+    return "\n".join(lines)
+
+
+def write_held_out(run: Run, journal: Journal | None) -> None:
     """The held-out score of this step, where there are questions held out."""
     if not run.held_out:
         return
@@ -737,62 +779,40 @@ def score(run: Run, journal: Journal | None) -> None:
         log.info("step %d: held out %.3f (%.3f to %.3f)", run.step, row["eval_accuracy"], low, high)
 
 
-def explain(config: argparse.Namespace, device: torch.device) -> int:
-    """--explain: one question's step with all its numbers; the weights do not move. Returns the exit code."""
-    if dist.get_world_size() > 1:
-        raise InputError("--explain is for one process: leave torchrun out")
-    config.batch = 1
-    config.workers = 0
-    loaded = load_questions(config, check_clips_together)
-    run = Run(config, rank=0, world=1, device=device, loaded=loaded)
+def explain(run: Run) -> None:
+    """--explain: one question's step with all its numbers; the weights do not move."""
+    config = run.config
     asked = next(run.batches())
-    run.count_bad_clips(asked)
-    metrics, (rollout,) = grpo.step(
-        run.policy, run.reference, [asked], config, run.reward, update=lambda: None
-    )
+    run.name_bad_clips(asked)
     question = asked[0].question
     ids = asked[0].prompt.input_ids
     heard = int((ids == run.policy.prompts.audio_token_id).sum())
     print(f"question  {question.id}, clip {question.audio}, right answer {question.answer!r}")
-    print(f"prompt    {len(ids)} tokens, of which {heard} audio; its text:")
+    print(f"prompt    {len(ids)} tokens, of which {heard} audio ({heard / 25:.1f} s); its text:")
     print(f"          {prompt_text(question, config.prompt)}")
-    logps, _ = run.policy.log_probs(asked[0].prompt, rollout.responses[0])
-    for g, response in enumerate(rollout.responses[0]):
-        reward = rollout.rewards[0, g]
-        advantage = rollout.advantages[0, g]
-        print(f"answer {g + 1}  {rollout.texts[0][g]!r}")
-        print(f"          reward {reward:g} (Eq. 2), advantage {advantage:+.2f} (Eq. 1)")
-        for t, token in enumerate(response):
-            text = run.policy.prompts.tokenizer.decode([token])
-            print(f"          {text!r:20} log-prob {logps[g, t]:8.4f}")
-    metrics["entropy"] /= metrics["taught"]
-    for name in ("kl", "entropy", "loss"):
-        print(f"{name:9} {metrics[name]:.6f}")
-    return 0
+    rollout = grpo.roll_out(run.policy, asked, config, run.reward)
+    logps, entropy = grpo.score(run.policy, run.reference, rollout)
+    _, metrics = grpo.rollout_loss(logps, rollout, config, run.mean_length([rollout]))
+    (row,) = sample_rows(rollout)
+    for g, tokens in enumerate(rollout.responses[0]):
+        print(f"answer {g + 1}  {row['responses'][g]!r}")
+        print(
+            f"          reward {row['rewards'][g]:g} (Eq. 2), advantage {row['advantages'][g]:+.2f} (Eq. 1)"
+        )
+        for token, logp in zip(tokens, logps[g]):  # noqa: B905 (logps has padding behind)
+            print(f"          {run.policy.prompts.tokenizer.decode([token])!r:20} log-prob {logp:8.4f}")
+    print(f"kl        {metrics['kl']:.6f}\nentropy   {entropy:.6f}\nloss      {metrics['loss']:.6f}")
 
 
 def main() -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)  # ours; httpx tells every request
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a file's name need not be UTF-8
-    first = int(os.environ.get("RANK", 0)) == 0
+    code = 2
     try:
         code = train(parse())
     except (InputError, OSError) as error:  # OSError: a full disk, a read-only folder
-        if first or isinstance(error, OSError | RewardError):  # of one process alone
+        if os.environ.get("RANK", "0") == "0" or type(error) is not InputError:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
-    except RuntimeError as error:
-        why = (str(error).splitlines() or [""])[0]
-        if re.search(r"timed? ?out|connection (closed|reset)", str(error), re.I):
-            what = "another process died or hangs"
-        elif "DataLoader worker" in str(error):
-            what = "a process that decodes clips died (out of memory?)"
-        else:
-            raise
-        print(f"error: {what}: {why}", file=sys.stderr, flush=True)
-        os._exit(3)  # leaving the group in order would wait for it
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
