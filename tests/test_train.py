@@ -1,18 +1,16 @@
 """Laws of the run: two processes = one, killed = uninterrupted, and what each layout may not change."""
 
 import contextlib
-import importlib.machinery
 import json
+import logging
 import os
 import random
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import types
 from functools import partial
 from pathlib import Path
 
@@ -20,20 +18,22 @@ import pytest
 import soundfile
 import torch
 from safetensors import safe_open
-from test_data import HOSTILE_ROWS, hostile_clips
+from safetensors.torch import load_file, save_file
 
-import bench
+import files
 import fsdp
 import tiny
+import train as program
 from conftest import DATA
 from data import check_clips, load_questions, read_questions
 from files import InputError
 from grpo import group_advantages
 from reward import accuracy_reward
-from train import Run, main, parse, set_batch
+from train import Journal, Run, main, parse, set_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5
+SLOW = pytest.mark.slow
 
 
 def command(processes, *arguments):
@@ -47,11 +47,11 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def train(out, *arguments, processes=1, check=True):
+def train(out, *arguments, processes=1, check=True, **more):
     """Run train.py as a user would; returns the finished process."""
     done = subprocess.run(
         command(processes, "--out", out, *arguments),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, **more,
     )  # fmt: skip
     if check:
         assert done.returncode == 0, done.stderr
@@ -87,25 +87,24 @@ def arguments(world, **more):
     return flat
 
 
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def log(out):
     """The rows of the steps; those of the held-out score are `scores`."""
     return [row for row in rows_of(out / "log.jsonl") if "loss" in row]
-
-
-def so_far(out):
-    """The same of a run that may not have begun, or be at a row just now."""
-    try:
-        return log(out)
-    except (OSError, ValueError):
-        return []
 
 
 def scores(out):
     return [row for row in rows_of(out / "log.jsonl") if "eval_accuracy" in row]
 
 
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def so_far(out):
+    """The same of a run that may not have begun, or be at a row just now."""
+    with contextlib.suppress(OSError, ValueError):
+        return log(out)
+    return []
 
 
 def weights(folder):
@@ -121,22 +120,27 @@ def distance(a, b):
     return sum(((a[name] - b[name]).double().norm() ** 2 for name in a if name in b), torch.zeros(())).sqrt()
 
 
+def same_run(world, one, two):
+    """Two runs have moved the weights alike."""
+    base, w1, w2 = weights(world / "model"), weights(one / "model"), weights(two / "model")
+    return 0 <= distance(w2, w1) <= 1e-3 * distance(w1, base)
+
+
 @pytest.fixture(scope="module")
 def one(world, tmp_path_factory):
     """One process's run of five steps, which the others are compared with."""
     out = tmp_path_factory.mktemp("one")
-    assert train_here(out, *arguments(world, hold_out=40, eval_every=2)) == 0
+    assert train_here(out, *arguments(world, hold_out=40, eval_every=2, save_model_every=2)) == 0
     return out
 
 
-SLOW = pytest.mark.slow
 LAYOUTS = {
-    "2 processes, one question a pass": (2, {"questions_per_pass": 1}),
+    "2 processes, one question a pass": (2, {"accumulation": 2}),
     "2 processes, re-sharded and recomputed": (2, {"reshard": "on", "checkpointing": "on"}),
     "2 processes, offloaded": (2, {"cpu_offload": "on", "reshard": "on"}),
     "2 x 2 processes": (4, {"replicas": 2}),
     "1 process, recomputed, its moments in host memory": (1, {"checkpointing": "on", "cpu_offload": "moments"}),
-    "1 process, three questions a pass": (1, {"questions_per_pass": 3}),
+    "1 process, two passes": (1, {"accumulation": 2}),
 }  # fmt: skip
 
 
@@ -160,13 +164,10 @@ def test_every_layout_is_the_run_of_one_process(world, one, pair, layout, tmp_pa
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
         for name in ("completion_length", "reward", "official", "hedged", "named_none"):
             assert row[name] == other[name], name
-    held_out = [(row["step"], row["eval_accuracy"]) for row in scores(tmp_path)]
-    assert held_out == [(row["step"], row["eval_accuracy"]) for row in scores(one)]
-    assert (
-        rows_of(tmp_path / "samples.jsonl")[0]["responses"] == rows_of(one / "samples.jsonl")[0]["responses"]
-    )
-    base, w1, w2 = weights(world / "model"), weights(one / "model"), weights(tmp_path / "model")
-    assert distance(w2, w1) <= 1e-3 * distance(w1, base)
+    for row, other in zip(scores(tmp_path), scores(one), strict=True):
+        assert (row["step"], row["eval_accuracy"]) == (other["step"], other["eval_accuracy"])
+    said, expected = (rows_of(out / "samples.jsonl")[0]["responses"] for out in (tmp_path, one))
+    assert said == expected and same_run(world, one, tmp_path)
 
 
 def test_two_processes_accumulate_the_gradients_of_one_in_planned_shards_with_few_collectives(
@@ -191,7 +192,7 @@ def test_two_processes_accumulate_the_gradients_of_one_in_planned_shards_with_fe
     assert two["collectives"]["reduce_scatter_single"] == two["groups"]
 
 
-def test_log_has_the_keys_of_other_trainers_and_says_what_the_reward_hides(one):
+def test_log_samples_and_models_are_what_other_trainers_and_people_expect(world, one):
     keys = (
         "step loss reward reward_std frac_reward_zero_std kl entropy completion_length clip_ratio grad_norm"
     )
@@ -203,52 +204,36 @@ def test_log_has_the_keys_of_other_trainers_and_says_what_the_reward_hides(one):
     assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3 * (5 - i) / 5 for i in range(5)])
     assert [row["step"] for row in scores(one)] == [0, 2, 4, 5]
     assert all(row["eval_low"] < row["eval_accuracy"] < row["eval_high"] for row in scores(one))
-
-
-def test_gradients_are_clipped(world, one, tmp_path):
-    """To a norm far below AdamW's epsilon, so that no weight moves."""
-    assert train_here(tmp_path, *arguments(world, steps=1, max_grad_norm=1e-12)) == 0
-    base = weights(world / "model")
-    moved = distance(weights(one / "model"), base)
-    assert distance(weights(tmp_path / "model"), base) < 1e-3 * moved and log(tmp_path)[0]["grad_norm"] > 0.01
-
-
-def test_samples_show_what_was_said_and_paid(world, one):
     samples = rows_of(one / "samples.jsonl")
-    assert [sample["step"] for sample in samples] == list(range(1, STEPS + 1))
+    assert [(sample["step"], sample["k"]) for sample in samples] == [(s, 0) for s in range(1, STEPS + 1)]
     questions = {q.id: q for q in read_questions(world / "train_qa.json", world / "audio")}
     for sample in samples:
         question = questions[sample["id"]]
-        assert sample["k"] == 0 and sample["audio"] == question.audio
         for text, reward in zip(sample["responses"], sample["rewards"], strict=True):
             assert reward == accuracy_reward(text, question.answer, list(question.choices))
         advantages = group_advantages(torch.tensor(sample["rewards"]))
         assert torch.allclose(torch.tensor(sample["advantages"]), advantages)
+    models = [weights(one / name) for name in ("model-step-2", "model-step-4", "model")]
+    assert distance(models[0], models[1]) > 0 and distance(models[1], models[2]) > 0
+    config = json.loads((one / "config.json").read_text())
+    assert config["parameters"] > 1e5 and config["settings"]["lr"] == 1e-3
 
 
-def test_models_samples_and_curves_go_where_they_are_asked_to(world, tmp_path, monkeypatch):
-    curves = []
-    stand_in = types.ModuleType("wandb")
-    stand_in.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    stand_in.init = lambda **options: None
-    stand_in.Table = lambda columns: types.SimpleNamespace(add_data=lambda *values: None)
-    stand_in.log = lambda values, step: curves.append(step)
-    stand_in.finish = lambda: None
-    monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    more = {"save_model_every": 2, "samples": 2, "model_only": "thinker", "wandb": "project"}
-    assert train_here(tmp_path / "r", *arguments(world, steps=5, **more)) == 0
-    folders = sorted(path.name for path in (tmp_path / "r").glob("model*"))
-    assert folders == ["model", "model-step-2", "model-step-4"]
-    w2, w4, last = (weights(tmp_path / "r" / name) for name in (*folders[1:], "model"))
-    assert distance(w2, w4) > 0 and distance(w4, last) > 0
-    assert json.loads((tmp_path / "r" / "model" / "config.json").read_text())["model_type"].endswith(
-        "thinker"
+def test_gradients_are_clipped_and_a_narrower_clip_of_the_ratio_clips_more(world, one, tmp_path):
+    """To a norm far below AdamW's epsilon, so that no weight moves."""
+    assert train_here(tmp_path / "norm", *arguments(world, steps=1, max_grad_norm=1e-12)) == 0
+    base = weights(world / "model")
+    assert distance(weights(tmp_path / "norm" / "model"), base) < 1e-3 * distance(
+        weights(one / "model"), base
     )
-    samples = rows_of(tmp_path / "r" / "samples.jsonl")
-    assert [(row["step"], row["k"]) for row in samples] == [(s, k) for s in range(1, 6) for k in (0, 1)]
-    assert set(curves) == set(range(1, 6))
-    assert train_here(tmp_path / "none", *arguments(world, steps=1, samples=0, save_every=1)) == 0
-    assert rows_of(tmp_path / "none" / "samples.jsonl") == []
+    assert log(tmp_path / "norm")[0]["grad_norm"] > 0.01
+    clipped = []
+    for epsilon in (0.2, 0.01):
+        assert (
+            train_here(tmp_path / str(epsilon), *arguments(world, updates=2, steps=1, epsilon=epsilon)) == 0
+        )
+        clipped.append(log(tmp_path / str(epsilon))[0]["clip_ratio"])
+    assert 0 <= clipped[0] < clipped[1]
 
 
 def test_one_question_is_explained_and_nothing_is_written(world, tmp_path, capsys):
@@ -258,78 +243,49 @@ def test_one_question_is_explained_and_nothing_is_written(world, tmp_path, capsy
     assert train_here(tmp_path / "out", *options, "--explain") == 0
     said = capsys.readouterr().out
     assert said.count("answer ") >= 4 and "reward 0.5 (Eq. 2)" in said and "kl        0.000000" in said
-    reward.write_text("def half(response, answer, choices): return 0.5")
-    # A group that teaches nothing is scored all the same.
-    assert train_here(tmp_path / "out", *options, "--explain", "--beta", 0) == 0
-    assert capsys.readouterr().out.split("entropy ")[1].split()[0] == said.split("entropy ")[1].split()[0]
     data, clips = broken_world(world, tmp_path, broken=20)
-    broken = arguments(world, data=data, audio_dir=clips)
-    assert train_here(tmp_path / "out", *broken, "--explain") == 2
+    assert train_here(tmp_path / "out", *arguments(world, data=data, audio_dir=clips), "--explain") == 2
     assert "clips in a row cannot be decoded" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_held_out_questions_are_never_trained_on(world):
     """The same ones whatever the seed, and none of them among any step's questions."""
-    options = parse(arguments(world, hold_out=300))
-    loaded = load_questions(options, check_clips)
+    loaded, again = (
+        load_questions(parse(arguments(world, hold_out=300, seed=s)), check_clips) for s in (0, 5)
+    )
     held_out = {question.id for question in loaded.held_out}
     trained = {question.id for file in loaded.files for question in file}
     assert len(held_out) == 300 and not held_out & trained and len(trained) == 300
-    assert (
-        loaded.held_out == load_questions(parse(arguments(world, hold_out=300, seed=5)), check_clips).held_out
-    )
+    assert loaded.held_out == again.held_out
 
 
+ODD = "def odd(response, answer, choices): return len(response) * (len(answer) % 2)"
 VARIANTS = {
-    "DAPO": {"loss": "token", "epsilon_high": 0.28, "beta": 0, "mask_truncated": True},
-    "Dr. GRPO": {"loss": "dr", "scale_rewards": "off", "beta": 0},
+    "DAPO's loss": {"loss": "token", "beta": 0},
+    "Dr. GRPO": {"loss": "dr", "beta": 0},
     "R1-AQA's prompt": {"prompt": "answer", "format_weight": 0.5, "reward": "contains"},
+    "LoRA, unlike groups": {"lora": 4, "reshard": "on", "reward": "odd"},
+    "Qwen2-Audio, unlike windows": {"reshard": "on", "reward": "odd", "model": "qwen2audio"},
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_are_the_same_on_two_processes_and_two_updates_make_the_clip_work(
-    world, pair, name, tmp_path
+    world, world_qwen2audio, pair, name, tmp_path
 ):
-    options = arguments(world, updates=2, steps=3, **VARIANTS[name])
+    more = dict(VARIANTS[name])
+    (tmp_path / "mine.py").write_text(ODD)
+    where = world_qwen2audio if more.pop("model", "") else world
+    if more.get("reward") == "odd":
+        more["reward"] = f"{tmp_path}/mine.py:odd"
+    options = arguments(where, updates=2, steps=3, **more)
     assert train_here(tmp_path / "r1", *options) == 0
     pair.train(tmp_path / "r2", *options)
     for row, other in zip(log(tmp_path / "r1"), log(tmp_path / "r2"), strict=True):
         for key in ("loss", "reward", "clip_ratio", "kl", "entropy"):
-            if key == "entropy" and row["frac_reward_zero_std"] == 1:
-                continue  # each process has scored one group that teaches nothing
             assert row[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), key  # a KL can be 100
-    assert any(row["clip_ratio"] > 0 for row in log(tmp_path / "r1"))
-
-
-def test_a_narrower_clip_clips_more(world, tmp_path):
-    clipped = []
-    for epsilon in (0.2, 0.01):
-        out = tmp_path / str(epsilon)
-        assert train_here(out, *arguments(world, updates=2, steps=1, epsilon=epsilon)) == 0
-        clipped.append(log(out)[0]["clip_ratio"])
-    assert 0 <= clipped[0] < clipped[1]
-
-
-@pytest.mark.parametrize("kind", ["qwen2audio", "omni with LoRA"])
-def test_processes_whose_groups_teach_unlike_numbers_meet_in_every_collective(
-    world, world_qwen2audio, pair, kind, tmp_path
-):
-    """Without a KL divergence, groups of equal rewards are not scored; a layer's call is a collective."""
-    reward = tmp_path / "mine.py"
-    reward.write_text("def odd(response, answer, choices): return len(response) * (len(answer) % 2)")
-    where = world_qwen2audio if kind == "qwen2audio" else world
-    options = arguments(
-        where, beta=0, reshard="on", reward=f"{reward}:odd", lora=4 * ("LoRA" in kind), steps=3
-    )
-    pair.train(tmp_path / "r2", *options)
-    assert train_here(tmp_path / "r1", *options) == 0
-    rows, others = log(tmp_path / "r1"), log(tmp_path / "r2")
-    assert any(0 < row["frac_reward_zero_std"] < 1 for row in rows)
-    for row, other in zip(rows, others, strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-5)
-        assert row["entropy"] == pytest.approx(other["entropy"], abs=1e-5) or row["frac_reward_zero_std"] == 1
+    assert "LoRA" in name or any(row["clip_ratio"] > 0 for row in log(tmp_path / "r1"))
 
 
 def mixed(world, **more):
@@ -338,28 +294,25 @@ def mixed(world, **more):
     return arguments(world, data=files, shares=[0.5, 0.5], **more)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["no_audio", "mixed"])
-def test_two_processes_are_one_without_audio_and_mixed(world, tmp_path, kind):
-    make = mixed if kind == "mixed" else (lambda w, **more: arguments(w, no_audio=True, **more))
-    for processes in (1, 2):
-        train(tmp_path / f"r{processes}", *make(world), processes=processes)
-    base, w1, w2 = weights(world / "model"), *(weights(tmp_path / f"r{n}" / "model") for n in (1, 2))
-    assert 0 < distance(w2, w1) <= 1e-3 * distance(w1, base) or distance(w2, w1) == 0
+def test_two_processes_are_one_without_audio_and_mixed(world, pair, tmp_path, kind):
+    options = mixed(world) if kind == "mixed" else arguments(world, no_audio=True)
+    assert train_here(tmp_path / "r1", *options) == 0
+    pair.train(tmp_path / "r2", *options)
+    assert same_run(world, tmp_path / "r1", tmp_path / "r2")
     assert [r["reward"] for r in log(tmp_path / "r1")] == [r["reward"] for r in log(tmp_path / "r2")]
 
 
-def kill_and_resume(out, options, processes, moments, seed=0, launcher_only=False):
+# ------------------------------------------------------------------------------------------ killed and resumed
+
+
+def kill_and_resume(out, options, processes, moments, launcher_only=False):
     """Start the run; kill -9 all its processes, or torchrun alone, at random moments; start it again at once,
     until it ends.
     """
-    rng, environ = random.Random(seed), environment()
+    rng = random.Random(0)
     for moment in range(moments):
-        with open(os.devnull, "w") as quiet:
-            job = subprocess.Popen(
-                command(processes, "--out", out, *options),
-                cwd=ROOT, env=environ, stdout=quiet, stderr=quiet, start_new_session=True,
-            )  # fmt: skip
+        job = started(processes, out, *options, rows=0, stdout=subprocess.DEVNULL)
         have, deadline = len(so_far(out)), time.time() + 300
         if launcher_only and moment % 3 == 0:
             deadline = time.time() + rng.uniform(1, 8)  # while its processes import torch or meet
@@ -370,12 +323,11 @@ def kill_and_resume(out, options, processes, moments, seed=0, launcher_only=Fals
         time.sleep(rng.random())
         children = children_of(job.pid)
         job.kill()
+        job.wait()
         if launcher_only:
-            job.wait()
             all_end(children, seconds=5)
         else:
             send_all(children, signal.SIGKILL)
-        job.wait()
     train(out, *options, processes=processes)
 
 
@@ -387,9 +339,10 @@ def killed_is_uninterrupted(world, out, kind, processes, kills, pair=None, launc
     else:
         train(out / "whole", *options, processes=processes)
     kill_and_resume(out / "killed", options, processes, kills, launcher_only=launcher_only)
-    whole, killed = weights(out / "whole" / "model"), weights(out / "killed" / "model")
-    assert distance(whole, weights(world / "model")) > 0
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    results = ["adapter"] if "lora" in more else ["model"]
+    for result in results:
+        whole, killed = weights(out / "whole" / result), weights(out / "killed" / result)
+        assert all(torch.equal(whole[name], killed[name]) for name in whole) and whole
     for row, other in zip(log(out / "whole"), log(out / "killed"), strict=True):
         assert all(row[key] == other[key] for key in ("step", "loss", "reward", "grad_norm", "kl"))
 
@@ -398,26 +351,10 @@ def test_killed_is_uninterrupted(world, pair, tmp_path):
     killed_is_uninterrupted(world, tmp_path, "mixed", processes=2, kills=1, pair=pair)
 
 
-@pytest.mark.slow
+@SLOW
 def test_ten_killed_launchers_change_nothing(world, pair, tmp_path):
     """Their processes may outlive them by a moment, when the next ones are there already."""
     killed_is_uninterrupted(world, tmp_path, "audio", 2, kills=10, pair=pair, launcher_only=True, steps=40)
-
-
-def own_processes():
-    """A command before another, which is then process 1."""
-    alone = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
-    if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode:
-        pytest.skip("no namespaces for users here")
-    return alone
-
-
-@pytest.mark.slow
-def test_it_trains_where_nothing_else_runs(world, tmp_path):
-    """As in a container: the run is process 1 there, and the parent of those that decode clips."""
-    run = [*own_processes(), *command(1, "--out", tmp_path, *arguments(world, steps=2))]
-    done = subprocess.run(run, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -428,93 +365,24 @@ def wide_world(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("kind", "kills"), [("audio", 4), ("no_audio", 3), ("mixed", 3)])  # 20 in all
-def test_killed_twenty_times_on_a_wide_model(wide_world, tmp_path, kind, kills, processes):
-    killed_is_uninterrupted(wide_world, tmp_path, kind, processes, kills, group_size=8, lr=1e-4)
+@pytest.mark.parametrize(("kind", "kills", "lora"), [("audio", 3, 0), ("mixed", 2, 0), ("audio", 2, 4)])
+def test_killed_often_on_a_wide_model(wide_world, tmp_path, kind, kills, lora, processes):
+    more = {"group_size": 8, "lr": 1e-4} | ({"lora": lora} if lora else {})
+    killed_is_uninterrupted(wide_world, tmp_path, kind, processes, kills, **more)
 
 
-def started(processes, out, *options, rows=1, **more):
+def started(processes, out, *options, rows=1, stdout=subprocess.PIPE):
     """A run that has begun: so many steps are in the log."""
     job = subprocess.Popen(
         command(processes, "--out", out, *options),
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more,
+        cwd=ROOT, env=environment(), stdout=stdout, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.time() + 300
     while time.time() < deadline and len(so_far(out)) < rows and job.poll() is None:
         time.sleep(0.01)
     return job
-
-
-def test_a_signal_to_the_whole_group_saves_and_another_number_of_processes_goes_on(
-    world, one, tmp_path, capsys
-):
-    """As a scheduler stops a job: SIGTERM to torchrun, its processes and theirs that decode clips."""
-    reward = tmp_path / "reward_in_time.py"
-    reward.write_text(f"""if True:
-        import pathlib, time, reward
-        def exact(*asked):  # in no hurry, as long as the test is not
-            time.sleep(0.1 * pathlib.Path({str(tmp_path / "wait")!r}).exists())
-            return reward.accuracy_reward(*asked)
-    """)
-    options = arguments(world, hold_out=40, eval_every=2, reward=f"{reward}:exact")
-    (tmp_path / "wait").touch()
-    job = started(2, tmp_path, *options)
-    send_all([job.pid, *children_of(job.pid)], signal.SIGTERM)
-    (tmp_path / "wait").unlink()
-    output, _ = job.communicate(timeout=300)
-    assert job.returncode != 0 and "saved" in output
-    (saved,) = (tmp_path / "checkpoints").glob("step-*")
-    assert int(saved.name[5:]) == len(log(tmp_path)) < STEPS
-    assert train_here(tmp_path, *options, "--lr", 2e-3, "--beta", 0.1) == 2
-    assert "beta: 0.04 -> 0.1; lr: 0.001 -> 0.002" in capsys.readouterr().err
-    assert train_here(tmp_path, *options) == 0
-    assert train_here(tmp_path, *options) == 0 and "finished" in capsys.readouterr().out
-    assert train_here(tmp_path, *options, "--lr", 2e-3) == 2 and "lr: 0.001" in capsys.readouterr().err
-    base, w1, w2 = weights(world / "model"), weights(one / "model"), weights(tmp_path / "model")
-    assert distance(w2, w1) <= 1e-3 * distance(w1, base)
-
-
-def test_a_killed_launcher_leaves_no_process_and_a_second_start_waits_for_its_turn(world, tmp_path):
-    options = arguments(world, steps=3000, save_every=5)
-    job = started(2, tmp_path, *options)
-    second = train(tmp_path, *options, check=False)
-    assert second.returncode == 2 and "one run writes to a place at a time" in second.stderr
-    assert f"process {os.getpid()}" not in second.stderr and "Traceback" not in second.stderr
-    children = children_of(job.pid)
-    assert len(children) >= 4  # two processes, and one each that decodes clips
-    job.kill()
-    job.wait()
-    all_end(children, seconds=5)
-    rows = len(log(tmp_path))
-    resumed = started(1, tmp_path, *options, rows=rows + 1)
-    os.kill(resumed.pid, signal.SIGTERM)
-    output, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 128 + signal.SIGTERM and "saved" in output and rows > 0
-
-
-@pytest.mark.parametrize("parent", ["sh", "python"])
-def test_a_worker_whose_launcher_died_before_it_looked_ends(parent):
-    """Process 1 has adopted it then. A torchrun that is process 1 itself, as in a container, is alive."""
-    worker = [sys.executable, "-c", "import fsdp; print('goes on')"]
-    init = ["sh", "-c", f"{shlex.join(worker)}; true"]
-    if parent == "python":
-        init = [sys.executable, "-c", f"import subprocess; subprocess.run({worker})"]
-    torchrun = {"RANK": "0", "TORCHELASTIC_RUN_ID": "1"}
-    done = subprocess.run(
-        [*own_processes(), *init], cwd=ROOT, env=os.environ | torchrun, capture_output=True, text=True
-    )
-    assert done.stdout == ("goes on\n" if parent == "python" else "") and not done.stderr
-
-
-@pytest.mark.slow
-def test_pythons_way_to_start_processes_changes_nothing(world, one, tmp_path):
-    """From Python 3.14 on that is a server which forks them."""
-    script = "import multiprocessing as m; m.set_start_method('forkserver'); import train; train.main()"
-    options = arguments(world, hold_out=40, eval_every=2, out=tmp_path)
-    subprocess.run([sys.executable, "-c", script, *options], cwd=ROOT, env=environment(), check=True)
-    assert distance(weights(one / "model"), weights(tmp_path / "model")) == 0
 
 
 def children_of(pid):
@@ -549,61 +417,51 @@ def is_alive(pid):
         return False
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(world, tmp_path, caplog, capsys):
-    """Flipped bytes anywhere, in run.json and in the log too; log and samples come back with it."""
-    options = arguments(world, steps=7, save_every=2)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    stop_at(6, whole, options)
-    shutil.copytree(whole, broken)
-    rng = random.Random(0)
-    folders = sorted((whole / "checkpoints").iterdir())
-    assert [folder.name for folder in folders] == ["step-000004", "step-000006"]
-    names = sorted(path.name for path in folders[-1].iterdir())
-    for name in 2 * names:  # 20 flips
-        shutil.rmtree(broken)
-        shutil.copytree(whole, broken)
-        flip(broken / "checkpoints" / "step-000006" / name, rng)
-        assert intact(broken) == "step-000004", name
-        flip(broken / "checkpoints" / "step-000004" / name, rng)
-        assert intact(broken) is None
-    shutil.rmtree(broken)
-    shutil.copytree(whole, broken)
-    flip(broken / "checkpoints" / "step-000006" / "run.json", rng)
-    (broken / "log.jsonl").unlink()
-    assert train_here(whole, *options) == 0 and train_here(broken, *options) == 0
-    assert "step-000006 is damaged (run.json)" in caplog.text
-    assert distance(weights(whole / "model"), weights(broken / "model")) == 0
-    assert [row["step"] for row in log(broken)] == [row["step"] for row in log(whole)] == list(range(1, 8))
-
-
-def test_a_checkpoint_that_was_just_saved_is_kept_whatever_damaged_ones_stand_behind(world, tmp_path):
-    options = arguments(world, steps=9, save_every=2, keep=1)
-    stop_at(6, tmp_path, options)
-    folder = tmp_path / "checkpoints"
-    (folder / "step-000006" / "run.json").unlink()
-    shutil.copytree(folder / "step-000006", folder / "step-000004")
-    stop_at(3, tmp_path, options)
-    assert intact(tmp_path) == "step-000003"
-    assert [path.name for path in folder.iterdir()] == ["step-000003"]
-
-
-def test_a_folder_or_run_of_others_is_not_written_to(world, one, tmp_path, capsys):
-    options = arguments(world)
-    (tmp_path / "log.jsonl").write_text("mine\n")
+def test_a_signal_saves_a_second_start_is_refused_and_another_number_of_processes_goes_on(
+    world, one, tmp_path, capsys, monkeypatch
+):
+    """As a scheduler stops a job: SIGTERM to torchrun and its processes. One launch for three laws."""
+    reward = tmp_path / "reward_in_time.py"
+    reward.write_text(f"""if True:
+        import pathlib, time, reward
+        def exact(*asked):  # in no hurry, as long as the test is not
+            time.sleep(0.1 * pathlib.Path({str(tmp_path / "wait")!r}).exists())
+            return reward.accuracy_reward(*asked)
+    """)
+    options = arguments(world, hold_out=40, eval_every=2, reward=f"{reward}:exact")
+    (tmp_path / "wait").touch()
+    monkeypatch.setattr(files.one_writer, "__defaults__", (0.2,))  # seconds of patience
+    job = started(2, tmp_path, *options)
     assert train_here(tmp_path, *options) == 2
-    assert "no run of this program" in capsys.readouterr().err
-    assert (tmp_path / "log.jsonl").read_text() == "mine\n"
-    questions = json.loads((world / "train_qa.json").read_text())
-    questions[0]["question_text"] += "?"
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps(questions))
-    config = json.loads((one / "config.json").read_text())
-    config["data"] = [str(other)]
-    shutil.copytree(one, tmp_path / "run")
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    options = arguments(world, data=other, hold_out=40, eval_every=2)
-    assert train_here(tmp_path / "run", *options) == 2
-    assert "questions: " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "one run writes to a place at a time" in error and f"process {os.getpid()}" not in error
+    send_all([job.pid, *children_of(job.pid)], signal.SIGTERM)
+    (tmp_path / "wait").unlink()
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode != 0 and "is saved" in output
+    (saved,) = (tmp_path / "checkpoints").glob("step-*")
+    assert int(saved.name[5:]) == len(log(tmp_path)) < STEPS
+    assert train_here(tmp_path, *options, "--lr", 2e-3, "--beta", 0.1) == 2
+    error = capsys.readouterr().err
+    assert "beta: 0.04 -> 0.1" in error and "lr: 0.001 -> 0.002" in error
+    assert train_here(tmp_path, *options) == 0
+    assert train_here(tmp_path, *options) == 0 and "finished" in capsys.readouterr().out
+    assert train_here(tmp_path, *options, "--lr", 2e-3) == 2 and "lr: 0.001" in capsys.readouterr().err
+    assert same_run(world, one, tmp_path)
+
+
+@SLOW
+def test_a_killed_launcher_or_a_dead_process_ends_the_run(world, tmp_path):
+    job = started(2, tmp_path / "launcher", *arguments(world, steps=3000))
+    children = children_of(job.pid)
+    assert len(children) == 2  # nothing else is started: clips are decoded by threads
+    job.kill()
+    job.wait()
+    all_end(children, seconds=5)
+    job = started(2, tmp_path / "one of two", *arguments(world, steps=3000))
+    os.kill(children_of(job.pid)[0], signal.SIGKILL)
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode != 0 and "exitcode" in output
 
 
 def stop_at(step, out, options):
@@ -611,29 +469,53 @@ def stop_at(step, out, options):
     take_step = Run.take_step
 
     def take_and_stop(run, asked):
-        row = take_step(run, asked)
+        done = take_step(run, asked)
         if run.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return row
+        return done
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "take_step", take_and_stop)
         assert train_here(out, *options) == 128 + signal.SIGTERM
 
 
-def flip(path, rng):
-    content = bytearray(path.read_bytes())
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(world, tmp_path, caplog):
+    """A file cut short or gone, run.json too; log and samples come back with the checkpoint."""
+    options = arguments(world, steps=7, save_every=2)
+    whole = tmp_path / "whole"
+    stop_at(6, whole, options)
+    newest = sorted((whole / "checkpoints").iterdir())[-1]
+    assert newest.name == "step-000006" and fsdp.newest_checkpoint(whole) == newest
+    for i, path in enumerate(sorted(newest.iterdir())):
+        broken = tmp_path / f"broken{i}"
+        shutil.copytree(whole, broken)
+        damaged = broken / "checkpoints" / newest.name / path.name
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+        assert fsdp.newest_checkpoint(broken).name == "step-000004", path.name
+    (broken / "log.jsonl").unlink()
+    assert train_here(whole, *options) == 0 and train_here(broken, *options) == 0
+    assert "step-000006 is damaged" in caplog.text
+    assert distance(weights(whole / "model"), weights(broken / "model")) == 0
+    assert [row["step"] for row in log(broken)] == [row["step"] for row in log(whole)] == list(range(1, 8))
 
 
-def intact(out):
-    """Name of the newest checkpoint that is whole, as a run of one process sees it."""
-    fsdp.start_processes()
-    found = fsdp.newest_intact(out)
-    torch.distributed.destroy_process_group()
-    torch.use_deterministic_algorithms(False)
-    return found and found.name
+def test_checkpoints_come_by_the_clock_of_rank_0_and_the_last_are_kept(world, tmp_path, monkeypatch):
+    saved = []
+    save = Run.save
+    monkeypatch.setattr(Run, "save", lambda run: (save(run), saved.append(run.step)))
+    clock = iter(range(0, 10**6, 130))  # seconds: a little more than two minutes a call
+    monkeypatch.setattr(program.time, "monotonic", lambda: next(clock))
+    stop_at(4, tmp_path, arguments(world, save_minutes=6, keep=2))
+    assert 2 <= len(saved) <= 4
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{step:06d}" for step in saved[-2:]]
+
+
+def test_a_folder_or_run_of_others_is_not_written_to(world, tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text("mine\n")
+    assert train_here(tmp_path, *arguments(world)) == 2
+    assert "config.json" in capsys.readouterr().err
+    assert (tmp_path / "log.jsonl").read_text() == "mine\n"
 
 
 def test_a_steps_questions_are_shared_evenly_or_not_at_all():
@@ -643,9 +525,6 @@ def test_a_steps_questions_are_shared_evenly_or_not_at_all():
         assert config.batch == 8
     with pytest.raises(InputError, match="--batch 8 cannot be shared by 3 processes"):
         set_batch(parse([]), 3)
-    config = parse(["--accumulation", "2"])
-    set_batch(config, 3)
-    assert config.batch == 6
 
 
 BAD_ARGUMENTS = {
@@ -653,44 +532,39 @@ BAD_ARGUMENTS = {
     "data": ("nothing.json", "nothing.json"),
     "steps": (0, "--steps"),
     "group_size": (1, "--group_size"),
-    "accumulation": (-1, "--accumulation"),
-    "seed": (-1, "--seed"),
-    "seed (that no generator takes)": (2**64, "--seed"),
-    "timeout": ("nan", "--timeout"),
+    "seed": (2**64, "--seed"),
     "shares": ("nan", "--shares"),
     "lr": ("inf", "--lr"),
     "beta": ("nan", "--beta"),
     "reward": ("no_such.py:f", "no_such.py"),
-    "wandb": ("project", "wandb is not installed"),
     "eval_data": ("nothing.json", "nothing.json"),
     "replicas": (3, "--replicas"),
     "audio_dir": ("/nowhere", "no readable clip"),
+    "no_such_option": (1, "no_such_option"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
-def test_bad_arguments_get_one_line_and_exit_code_2(world, tmp_path, capsys, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+def test_bad_arguments_get_one_line_and_exit_code_2(world, tmp_path, capsys, name):
     value, words = BAD_ARGUMENTS[name]
-    code = train_here(tmp_path / "run", *arguments(world, **{name.split()[0]: value}))
+    code = train_here(tmp_path / "run", *arguments(world, **{name: value}))
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert code == 2 and len(errors) == 1 and words in errors[0]
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def broken_world(world, folder, broken):
-    """The world's training questions with their clips, `broken` of which have a good header and bad
+    """The world's first training questions with their clips, `broken` of which have a good header and bad
     samples.
     """
     questions = read_questions(world / "train_qa.json", world / "audio")[:20]
     rows = [question.meta["source"] for question in questions]
     (folder / "audio").mkdir()
     for i, question in enumerate(questions):
-        target = folder / "audio" / f"{rows[i]['video_name']}.wav"
         samples, rate = soundfile.read(question.audio, dtype="float32")
         if i < broken:
             samples[len(samples) // 2] = float("nan")
-        soundfile.write(target, samples, rate, subtype="FLOAT")
+        soundfile.write(folder / "audio" / f"{rows[i]['video_name']}.wav", samples, rate, subtype="FLOAT")
     (folder / "train_qa.json").write_text(json.dumps(rows))
     return folder / "train_qa.json", folder / "audio"
 
@@ -699,75 +573,44 @@ def test_a_clip_that_fails_to_decode_is_replaced_the_same_way_on_any_number_of_p
     world, pair, tmp_path, caplog
 ):
     data, clips = broken_world(world, tmp_path, broken=2)
-    options = arguments(world, data=data, audio_dir=clips, max_bad=0.5)
+    options = arguments(world, data=data, audio_dir=clips)
     assert train_here(tmp_path / "r1", *options) == 0
     assert "replaced" in caplog.text
     pair.train(tmp_path / "r2", *options)
     one, two = log(tmp_path / "r1"), log(tmp_path / "r2")
-    assert [r["reward"] for r in one] == [r["reward"] for r in two] and one[-1]["bad_clips"] == two[-1][
-        "bad_clips"
-    ] > 0
+    assert [r["reward"] for r in one] == [r["reward"] for r in two]
+    assert one[-1]["bad_clips"] == two[-1]["bad_clips"] > 0
 
 
 def test_a_non_finite_loss_stops_before_the_optimizer_moves(world, tmp_path, capsys):
-    """A weight that is infinite makes the first step's loss NaN: nothing is stepped, the questions are
-    named.
-    """
-    from safetensors.torch import load_file, save_file
-
+    """A weight that is infinite makes the first step's loss NaN: the questions and answers are kept."""
     shutil.copytree(world / "model", tmp_path / "model")
-    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    tensors = load_file(file)
     name = next(n for n in tensors if n.endswith("layers.0.mlp.down_proj.weight") and "talker" not in n)
     tensors[name][0, 0] = float("inf")
-    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, file, metadata={"format": "pt"})
     assert train_here(tmp_path / "run", *arguments(world, model=tmp_path / "model")) == 2
     assert "not finite" in capsys.readouterr().err
-    asked = json.loads((tmp_path / "run" / "nonfinite-step-1-rank-0.json").read_text())
+    asked = rows_of(tmp_path / "run" / "nonfinite-rank-0.jsonl")
     assert len(asked) == 4 and all(len(row["responses"]) == 4 for row in asked)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_is_one_line(world, tmp_path, capsys):
-    (tmp_path / "config.json.writing").symlink_to("/dev/full")
-    assert train_here(tmp_path, *arguments(world, steps=1)) == 2
-    assert "error: [Errno 28]" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_one_process_dying_ends_the_run(world, tmp_path):
-    job = started(2, tmp_path, *arguments(world, steps=5000))
-    os.kill(children_of(job.pid)[0], signal.SIGKILL)
-    output, _ = job.communicate(timeout=300)
-    assert job.returncode != 0 and "exitcode" in output
-
-
-@pytest.mark.slow
-def test_a_hung_process_ends_the_run_with_the_reason(world, tmp_path):
-    job = started(2, tmp_path, *arguments(world, steps=5000, timeout=0.5))
-    os.kill(children_of(job.pid)[0], signal.SIGSTOP)
-    output, _ = job.communicate(timeout=300)
-    assert job.returncode != 0 and "error: another process died or hangs" in output
-
-
-def test_a_checkpoint_that_does_not_fit_leaves_the_last_one_intact(world, one, tmp_path):
-    """A limit on the size of files stands for a full disk: it stops the checkpoint of step 4, not the log."""
-    options = [*arguments(world, save_every=2, hold_out=40, eval_every=2), "--out", tmp_path]
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_intact(world, one, tmp_path):
+    """A limit on the size of files stands for a full disk: it stops the checkpoint of step 2, not the log."""
+    options = arguments(world, save_every=2, hold_out=40, eval_every=2)
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
-    done = subprocess.run(
-        command(1, *options), cwd=ROOT, env=environment(), capture_output=True, text=True, preexec_fn=limit
-    )
+    done = train(tmp_path, *options, check=False, preexec_fn=limit)
     assert done.returncode == 2 and "checkpoint of step 2 cannot be written" in done.stderr
     assert "Traceback" not in done.stderr and not list((tmp_path / "checkpoints").glob("step-*"))
-    assert train_here(tmp_path, *options[:-2]) == 0
-    assert distance(weights(one / "model"), weights(tmp_path / "model")) == 0
+    assert train_here(tmp_path, *options) == 0 and same_run(world, one, tmp_path)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"real clips and questions are not at {DATA}")
 def test_a_step_on_the_real_question_and_clip(world, tmp_path):
     row = json.loads((DATA / "mmau-test-mini-original.json").read_text())[0]
     (tmp_path / "mmau.json").write_text(json.dumps([row]))
-    some_but_not_all = "def odd(response, *asked): return len(response) % 2"
-    (tmp_path / "odd.py").write_text(some_but_not_all)
+    (tmp_path / "odd.py").write_text("def odd(response, *asked): return len(response) % 2")
     options = {"data": tmp_path / "mmau.json", "audio_dir": DATA / "audio", "steps": 1, "batch": 1}
     options = arguments(world, **options, group_size=64, temperature=3, reward=f"{tmp_path}/odd.py:odd")
     assert train_here(tmp_path / "run", *options) == 0
@@ -775,36 +618,44 @@ def test_a_step_on_the_real_question_and_clip(world, tmp_path):
     assert 0 < row["reward"] < 1 and row["grad_norm"] > 0
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="no /proc/self/smaps_rollup here")
-def test_no_process_ever_holds_the_whole_model(world, tmp_path):
-    """Beyond its shards, loading takes less than half a bf16 copy of the weights, summed over 4 processes."""
-    middle = bench.middle_model(tmp_path, "omni")
-    python = [*command(4)[:-1], ROOT / "tests" / "scripts" / "load_memory.py", middle, world / "model"]
-    done = subprocess.run(python, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
-    print(f"loading takes {float(done.stdout):.3f} of a bf16 copy beyond the shards")
-    assert float(done.stdout) < 0.5
+# ------------------------------------------------------------------------- what would look good without being so
 
 
-def test_hostile_clips_and_rows_are_named_and_the_run_goes_on(world, tmp_path, capsys):
-    """Every hostile clip and row of test_data.py through the command line, beside good ones."""
-    (tmp_path / "audio").mkdir()
-    clips = hostile_clips(tmp_path / "audio")
-    good = [q.audio for q in read_questions(world / "mmau.json", world / "audio")[:20]]
-    row = json.loads((world / "mmau.json").read_text())[0]
-    rows = [row | {"id": f"hostile {name}", "audio_id": name} for name in clips]
-    for i, clip in enumerate(good):
-        shutil.copy(clip, tmp_path / "audio")
-        asked = "What <|im_end|> <|AUDIO|> <|audio_bos|> is it?" if i % 2 else row["question"]
-        rows.append(row | {"id": f"good {i}", "audio_id": Path(clip).name, "question": asked})
-    rows += [bad for bad, _ in HOSTILE_ROWS.values() if isinstance(bad, dict) and "audio_id" in bad]
-    (tmp_path / "q.json").write_text(json.dumps(rows))
-    options = {"data": tmp_path / "q.json", "audio_dir": tmp_path / "audio", "steps": 4, "max_bad": 0.9}
-    done = train(tmp_path / "run", *arguments(world, **options))
-    assert len(log(tmp_path / "run")) == 4 and "Traceback" not in done.stderr
-    for name, words in clips.items():  # what a header does not tell is named when its turn comes
-        header_tells = words is not None and not any(word in words for word in ("finite", "decoded"))
-        assert (f"left out: {tmp_path / 'audio' / name}" in done.stderr) == header_tells, name
-    assert done.stderr.count("skipped:") >= 6
-    assert train_here(tmp_path / "again", *arguments(world, **options | {"max_bad": 0.1})) == 2
-    assert "rows are malformed" in capsys.readouterr().err
+def row(step, reward, official, **more):
+    row = {"step": step, "loss": 0.0, "reward": reward, "official": official, "hedged": reward - official}
+    return row | {"kl": 0.0, "frac_reward_zero_std": 0.5, "named_none": 0.0, "completion_length": 2} | more
+
+
+def journal_of(out, rows, *options):
+    out.mkdir(exist_ok=True)
+    journal = Journal(parse(["--out", str(out), *options]), 0)
+    for one in rows:
+        journal.write(one)
+    return journal
+
+
+def test_a_reward_that_parts_from_the_score_is_told_once_and_early(tmp_path, caplog):
+    """As on real weights: the reward went from 0.19 to 0.97, the score from 18 % to 0."""
+    parting = [row(s, 0.19 + 0.78 * s / 150, 0.18 * (1 - s / 150)) for s in range(1, 151)]
+    with caplog.at_level(logging.WARNING):
+        journal_of(tmp_path, parting)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    step = int(warning.split(":")[0].removeprefix("step "))
+    assert 20 <= step <= 40 and "reward and score part" in warning and "naming several" in warning
+
+
+def test_what_is_paid_for_the_form_or_always_is_no_alarm(tmp_path, caplog):
+    form = [min(1.0, s / 30) for s in range(60)]
+    rows = [row(s, 0.3 + 0.5 * form[s], 0.3, asked_form=form[s]) for s in range(60)]
+    journal_of(tmp_path / "form", rows, "--format_weight", "0.5", "--prompt", "answer")
+    for offset in (0.0, 1.5):
+        journal_of(tmp_path / str(offset), [row(s, offset + 0.001 * s, 0.001 * s) for s in range(100)])
+    assert not caplog.records
+
+
+def test_a_run_that_learns_nothing_or_whose_kl_leaps_says_so(tmp_path, caplog):
+    dead = [row(s, 0.0, 0.0, frac_reward_zero_std=1.0, named_none=1.0) for s in range(12)]
+    journal_of(tmp_path, [*dead, row(13, 0.5, 0.5, kl=27.96)])
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and "nothing is learned" in told[0] and "100% of the answers name no" in told[0]
+    assert "leaps to 28.0" in told[1]
