@@ -25,6 +25,7 @@ end, and the mask lets it see the prompt and itself only; here with a prompt p o
 import contextlib
 import logging
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase, WhisperFeatureExtractor
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 
 from data import Question, load_audio, prompt_text
@@ -44,11 +45,10 @@ from weights import (
     FAMILIES,
     OMNI,
     check_weights,
+    door,
     empty_model,
     find_model,
-    first_line,
     read_config,
-    read_extractor,
     read_small_file,
     read_weights,
     save_model,
@@ -59,6 +59,8 @@ log = logging.getLogger("omni_r1")
 HOP = 160  # samples between two mel frames at 16 kHz
 LOOK_AHEAD = 2  # frames after the clip that the last embedding depends on: two convolutions look one ahead
 WINDOW = 3000  # frames of the 30 s that a Whisper encoder takes at once
+HEAD = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 # ------------------------------------------------------------------------------------------------- prompts
@@ -88,19 +90,14 @@ class PromptEncoder:
         self.prompt = prompt
         self.family = FAMILIES[config.model_type]
         self.audio_token_id = config.audio_token_id
-        self.extractor = read_extractor(folder, config.audio_config.num_mel_bins)
-        try:
+        with door(f"{folder}: tokenizer or feature extractor"):
             self.tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-            largest = max(self.tokenizer.get_vocab().values())
-            special = len(self.template("<|im_end|>")) == 1
-            special = special and self.audio_token_id in self.tokenizer.added_tokens_decoder
-        except Exception as error:  # whatever a malformed file makes the libraries raise
-            why = first_line(error)
-            raise InputError(f"{folder}: no tokenizer that can be read ({why})") from None
-        if not special or largest >= config.text_config.vocab_size:
-            raise InputError(f"{folder}: the tokenizer is of another model than config.json")
+            self.extractor = WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
+            used = self.template(HEAD + self.family.before_audio + self.family.after_audio + TAIL)
+            self.controls = set(used) & self.tokenizer.added_tokens_decoder.keys()
+            self.controls.add(self.audio_token_id)
         self.seconds = self.extractor.chunk_length * self.family.windows  # the published processor's maximum
         self.longer_clips = 0
 
@@ -127,14 +124,8 @@ class PromptEncoder:
             placeholders = [self.audio_token_id] * audio_tokens(frames)
             heard = self.template(self.family.before_audio) + placeholders
             heard += self.template(self.family.after_audio)
-        asked = self.tokenizer(
-            prompt_text(question, self.prompt),
-            add_special_tokens=False,
-            split_special_tokens=True,
-        ).input_ids
-        head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        tail = "<|im_end|>\n<|im_start|>assistant\n"
-        ids = self.template(head) + heard + asked + self.template(tail)
+        asked = self.plain(prompt_text(question, self.prompt))
+        ids = self.template(HEAD) + heard + asked + self.template(TAIL)
         return Prompt(torch.tensor(ids), features, frames)
 
     def features(self, waveform: np.ndarray) -> tuple[Tensor, int]:
@@ -174,6 +165,16 @@ class PromptEncoder:
 
     def template(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def plain(self, text: str) -> list[int]:
+        """Tokens of a text in which nothing is a control token, whatever the tokenizer calls special."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        if self.controls.isdisjoint(ids):
+            return ids
+        ids = []
+        for piece in re.split("(?<=<)", text):  # no such token goes on over a "<"
+            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
+        return ids
 
 
 # ---------------------------------------------------------------------------------------------------- tokens
@@ -273,29 +274,6 @@ def decoding_mask(lengths: Tensor, group_size: int, *, tokens: int) -> Tensor:
     return mask.unsqueeze(1)
 
 
-class KVCache:
-    """Keys and values of all tokens so far, by layer. transformers' attention calls `update`."""
-
-    def __init__(self):
-        self.layers = {}
-
-    def update(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        layer: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Append (B, heads, new tokens, head size) to the layer's, and return all of them."""
-        if layer in self.layers:
-            old_keys, old_values = self.layers[layer]
-            keys = torch.cat([old_keys, keys], dim=2)
-            values = torch.cat([old_values, values], dim=2)
-        self.layers[layer] = (keys, values)
-        return keys, values
-
-
 # --------------------------------------------------------------------------------------------------- model
 
 
@@ -311,26 +289,21 @@ class Scores:
 class AudioLM(nn.Module):
     """A causal language model that hears. Always in eval mode: rollout and scoring are the same policy."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        prompts: PromptEncoder,
-        folder: Path,
-        dtype: torch.dtype,
-    ):
+    def __init__(self, model: nn.Module, prompts: PromptEncoder, folder: Path):
         super().__init__()
         self.model = model
         self.prompts = prompts
         self.folder = folder
-        self.dtype = dtype
         self.device = torch.device("cpu")  # where it computes; sharded weights may lie elsewhere
-        self.eos = end_tokens(folder, prompts.tokenizer)
-        self.gathered = contextlib.nullcontext  # fsdp.shard: keeps the weights whole while drawing
+        with door(folder / "generation_config.json"):
+            self.eos = end_tokens(folder, prompts.tokenizer)
         embedding = model.model.language_model.embed_tokens
         self.is_tied = model.lm_head.weight is embedding.weight
-        self.merged = unchanged  # lora.py: (parameter's name, whole weight) -> the weight to save
-        self.average = float  # with several processes: the mean of a number over them
+        # Set from outside:
+        self.gathered = contextlib.nullcontext  # fsdp.shard: keeps the weights whole while drawing
         self.lockstep = False  # fsdp.shard: a forward pass is a collective, so ranks must do equally many
+        self.merged = unchanged  # lora.attach: (parameter's name, whole weight) -> the weight to save
+        self.hear = self.hear_clips  # lora.attach: what the frozen encoder made of the last clips is kept
         self.eval()
 
     def encode(
@@ -345,7 +318,7 @@ class AudioLM(nn.Module):
     def decode(self, tokens: Tensor) -> str:
         return self.prompts.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def forward(self, tokens: Tokens, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tokens, cache: DynamicCache | None = None) -> Tensor:
         """Logits (K, vocabulary) in fp32 where `tokens` wants them. The one entry for all computing."""
         device = self.device
         network = self.model.model.language_model
@@ -368,7 +341,7 @@ class AudioLM(nn.Module):
         columns = tokens.columns.to(device)
         return self.model.lm_head(hidden[rows, columns]).float()
 
-    def hear(self, clips: list[Prompt]) -> Tensor:
+    def hear_clips(self, clips: list[Prompt]) -> Tensor:
         """Clips -> (all their audio tokens, hidden), computed over what is heard and nothing else."""
         network = self.model.model
         if self.prompts.family is OMNI:
@@ -401,7 +374,7 @@ class AudioLM(nn.Module):
         done = torch.zeros(B, G, dtype=torch.bool, device=device)
         said = []
         with self.gathered():
-            cache = KVCache()
+            cache = DynamicCache()
             logits = self(pack_prompts(prompts, self.prompts.audio_token_id), cache)  # prefill: (B, V)
             if temperature == 0 and not logits.isfinite().all():  # argmax would answer all the same
                 raise InputError(f"{self.folder}: the model's predictions are not finite numbers")
@@ -428,24 +401,6 @@ class AudioLM(nn.Module):
             dist.all_reduce(finished, dist.ReduceOp.MIN)
         return bool(finished)
 
-    def sample(
-        self,
-        prompt: Prompt,
-        group_size: int,
-        max_new_tokens: int,
-        temperature: float,
-        generator: torch.Generator | None = None,
-    ) -> list[Tensor]:
-        """G responses to one prompt, each a 1-D int64 tensor, EOS kept."""
-        groups = self.generate(
-            [prompt],
-            max_new_tokens,
-            group_size=group_size,
-            temperature=temperature,
-            generators=[generator],
-        )
-        return groups[0]
-
     def score(
         self,
         prompts: list[Prompt],
@@ -455,23 +410,9 @@ class AudioLM(nn.Module):
         logits = self(pack(prompts, groups, self.prompts.audio_token_id))
         return score_logits(logits, groups)
 
-    def log_probs(
-        self,
-        prompt: Prompt,
-        responses: list[Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs (G, T) of one prompt's responses, and the mask (G, T) of real tokens, EOS included."""
-        scores = self.score([prompt], [responses])
-        return scores.logps, scores.mask
-
-    def save(
-        self,
-        out: Path | str,
-        dtype: torch.dtype | None = None,
-        **more: Any,
-    ) -> None:
+    def save(self, out: Path | str, card: dict[str, Any] | None = None) -> None:
         """Write a folder in the base's layout. Collective. See `weights.save_model`."""
-        save_model(self, Path(out), dtype or self.dtype, **more)
+        save_model(self, Path(out), card)
 
 
 def unchanged(name: str, weight: Tensor) -> Tensor:
@@ -550,11 +491,7 @@ def entropy_of(logits: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- hearing
 
 
-def hear_omni(
-    tower: nn.Module,
-    clips: list[Prompt],
-    device: torch.device,
-) -> Tensor:
+def hear_omni(tower: nn.Module, clips: list[Prompt], device: torch.device) -> Tensor:
     """Qwen2.5-Omni's encoder on clips of any length, side by side: (all audio tokens, hidden).
 
     Where its chunks of 2 s begin is worked out on the CPU and handed over: taken from the GPU, each of its
@@ -576,11 +513,7 @@ def hear_omni(
     ).last_hidden_state
 
 
-def hear_whisper(
-    tower: nn.Module,
-    clips: list[Prompt],
-    device: torch.device,
-) -> Tensor:
+def hear_whisper(tower: nn.Module, clips: list[Prompt], device: torch.device) -> Tensor:
     """A Whisper encoder on clips, their windows of 30 s side by side: (all audio tokens, encoder's size).
 
     transformers' own wants all 3000 frames of a window and masks what lies after the clip; here only the
@@ -622,16 +555,10 @@ def hear_whisper(
 
 def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Ids that end a response: <|im_end|> and what the checkpoint's generation config names."""
-    ends = {tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    named = read_small_file(folder, "generation_config.json").get("eos_token_id")
-    if named is None:
-        named = []
+    named = read_small_file(folder, "generation_config.json").get("eos_token_id", [])
     if not isinstance(named, list):
         named = [named]
-    for end in named:
-        if type(end) is not int or not 0 <= end < 2**31:
-            raise InputError(f"{folder}/generation_config.json: eos_token_id {end!r} is no token's number")
-        ends.add(end)
+    ends = {tokenizer.convert_tokens_to_ids("<|im_end|>"), *named}
     return torch.tensor(sorted(ends))
 
 
@@ -648,7 +575,7 @@ def empty_lm(
     check_weights(model, prompts.family, folder)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return AudioLM(model, prompts, folder, dtype)
+    return AudioLM(model, prompts, folder)
 
 
 def load_weights(

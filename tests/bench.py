@@ -31,50 +31,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import soundfile
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 import fsdp
 import grpo
 from data import Asked, Question
 from evaluate import Batches, make_batches
-from model import KVCache, Tokens, decoding_mask, load_model, pack_prompts
+from model import Tokens, decoding_mask, load_model, pack_prompts
 from reward import accuracy_reward
 from tiny import make_world
 from train import parse
 from weights import FAMILIES
 
 NEW_TOKENS = 8
+AUDIO = {"d_model": 384, "encoder_layers": 6, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536}
+TEXT = {"hidden_size": 512, "vocab_size": 32_000, "num_attention_heads": 8}
 SIZES = {
-    "omni": {
-        "audio_config": {
-            "d_model": 384,
-            "encoder_layers": 6,
-            "encoder_attention_heads": 6,
-            "encoder_ffn_dim": 1536,
-        },
-        "text_config": {
-            "hidden_size": 512,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 8,
-            "vocab_size": 32000,
-        },
-        "heads": {"num_attention_heads": 8, "num_key_value_heads": 2},
-    },
-    "qwen2audio": {
-        "audio_config": {
-            "d_model": 384,
-            "encoder_layers": 6,
-            "encoder_attention_heads": 6,
-            "encoder_ffn_dim": 1536,
-        },
-        "text_config": {
-            "hidden_size": 512,
-            "intermediate_size": 1376,
-            "num_hidden_layers": 4,
-            "vocab_size": 32000,
-        },
-        "heads": {"num_attention_heads": 8, "num_key_value_heads": 8},
-    },
+    "omni": TEXT | {"intermediate_size": 2048, "num_hidden_layers": 8, "num_key_value_heads": 2},
+    "qwen2audio": TEXT | {"intermediate_size": 1376, "num_hidden_layers": 4, "num_key_value_heads": 8},
 }
 
 
@@ -86,9 +60,8 @@ def middle_model(folder, family):
     make_world(world, family, effort=0)
     config = json.loads((world / "model" / "config.json").read_text())
     inner = config.get("thinker_config", config)
-    sizes = SIZES[family]
-    inner["audio_config"].update(sizes["audio_config"])
-    inner["text_config"].update(sizes["text_config"], **sizes["heads"])
+    inner["audio_config"].update(AUDIO)
+    inner["text_config"].update(SIZES[family])
     inner["text_config"].pop("layer_types", None)
     if family == "omni":
         inner["audio_config"]["output_dim"] = inner["text_config"]["hidden_size"]
@@ -198,7 +171,7 @@ class Floor(Ours):
     def question(self, group):
         lm, lengths = self.policy, torch.tensor([len(self.prompt.input_ids)])
         rows, columns = torch.zeros(group, dtype=torch.long), torch.arange(group)
-        cache, said = KVCache(), []
+        cache, said = DynamicCache(), []
         with torch.no_grad():
             logits = lm(pack_prompts([self.prompt], lm.prompts.audio_token_id), cache).expand(group, -1)
             for step in range(1, NEW_TOKENS + 1):
@@ -208,9 +181,9 @@ class Floor(Ours):
                     mask = decoding_mask(lengths, group, tokens=step)
                     logits = lm(Tokens(said[-1], positions, mask, rows, columns), cache)
         responses = list(torch.stack(said, -1)[0])
-        logps, _ = lm.log_probs(self.prompt, responses)
+        logps = lm.score([self.prompt], [responses]).logps
         with torch.no_grad():
-            ref_logps, _ = self.reference.log_probs(self.prompt, responses)
+            ref_logps = self.reference.score([self.prompt], [responses]).logps
         plain_loss(logps, ref_logps, group).backward()
         optimizer_step(lm, self.optimizer)
 
@@ -249,17 +222,8 @@ def bench_memory(folder, family, repeat):
     """
 
     def peak(side, group):
-        command = [
-            sys.executable,
-            __file__,
-            "peak",
-            "--folder",
-            str(folder),
-            "--side",
-            side,
-            "--group",
-            str(group),
-        ]
+        command = [sys.executable, __file__, "peak", "--folder", str(folder), "--side", side]
+        command += ["--group", str(group)]
         env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         return float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
 
@@ -351,58 +315,12 @@ def bench_evaluation(folder, family, repeat):
     )
 
 
-def training_log(folder, steps, *more):
-    """Run train.py on copies of the 10 s clip; returns the rows of its log and the seconds of the whole."""
-    asked = the_question(folder)
-    row = {"question": asked.question, "choices": list(asked.choices), "answer": asked.answer}
-    rows = []
-    for i in range(16):
-        clip = folder / "clips" / f"{i}.flac"
-        clip.parent.mkdir(exist_ok=True)
-        if not clip.exists():  # at 44.1 kHz, so that decoding and resampling are in it
-            noise = np.random.default_rng(i).standard_normal(441_000).astype("float32") * 0.1
-            soundfile.write(clip, noise, 44_100)
-        rows.append(row | {"id": str(i), "audio_id": clip.name})
-    (folder / "questions.json").write_text(json.dumps(rows))
-    out = folder / "run"
-    shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "train.py", "--model", folder, "--data", folder / "questions.json", "--audio_dir",
-               folder / "clips", "--out", out, "--steps", steps, "--max_new_tokens", NEW_TOKENS, *more]  # fmt: skip
-    root = Path(__file__).resolve().parent.parent
-    started = time.perf_counter()
-    subprocess.run(list(map(str, command)), cwd=root, check=True, capture_output=True)
-    lines = (out / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], time.perf_counter() - started
-
-
-def bench_wait(folder, family, repeat):
-    rows, _ = training_log(folder, 8)
-    parts = [
-        sum(row[f"seconds_{part}"] for row in rows[1:]) for part in ("wait", "rollout", "score", "update")
-    ]
-    row(f"seconds waiting for audio / of a step, 1 worker, {family}", parts[0], sum(parts), "≤ 0.02")
-
-
-def bench_checkpoint(folder, family, repeat):
-    """What two checkpoints cost a run, against 100 of its steps, the default interval."""
-    rows, without = training_log(folder, 6, "--save_every", 100)
-    _, saving = training_log(folder, 6, "--save_every", 2)
-    parts = ("wait", "rollout", "score", "update")
-    step = statistics.median(sum(row[f"seconds_{part}"] for part in parts) for row in rows)
-    row(
-        f"seconds a checkpoint / between checkpoints, {family}",
-        max(0.0, saving - without) / 2,
-        100 * step,
-        "≤ 0.05",
-    )
-
-
 def row(what, left, right, goal):
     print(f"| {what} | {left:.3g} | {right:.3g} | {left / right:.2f} | {goal} |", flush=True)
 
 
 BENCHES = {"speed": bench_speed, "memory": bench_memory, "features": bench_features}
-BENCHES |= {"evaluation": bench_evaluation, "wait": bench_wait, "checkpoint": bench_checkpoint}
+BENCHES |= {"evaluation": bench_evaluation}
 
 
 def main():

@@ -3,16 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_train import arguments, environment, kill_and_resume, log, train, train_here, weights
+from test_train import arguments, kill_and_resume, log, train, train_here, weights
 from torch.distributed.checkpoint import FileSystemReader
 
 import evaluate
@@ -215,18 +212,11 @@ def run_main(out, *flags):
         torch.use_deterministic_algorithms(False)
 
 
-def test_in_bfloat16_without_audio_the_first_kl_is_0_and_the_adapter_alone_is_a_finished_run(
-    world, tmp_path, capsys
-):
+def test_in_bfloat16_without_audio_the_first_kl_is_0(world, tmp_path, capsys):
     flags = options(world, steps=3, dtype="bfloat16", no_audio=True, checkpointing="on", updates=2)
-    assert train_here(tmp_path, *flags, "--save_merged", "off") == 0
+    assert train_here(tmp_path, *flags) == 0
     assert log(tmp_path)[0]["clip_ratio"] >= 0 and log(tmp_path)[-1]["kl"] > 0
     assert all(half.dtype == torch.float32 for half in pairs_of(tmp_path).values())
-    assert not (tmp_path / "model").exists()
-    before = (tmp_path / "adapter" / lora.WEIGHTS).stat().st_mtime_ns
-    assert train_here(tmp_path, *flags, "--save_merged", "off") == 0
-    assert "this run is finished" in capsys.readouterr().out
-    assert (tmp_path / "adapter" / lora.WEIGHTS).stat().st_mtime_ns == before
     assert train_here(tmp_path, *flags, "--lora", "0") == 2  # a full run cannot go on here
     assert "lora: 4 -> 0" in capsys.readouterr().err
 
@@ -244,43 +234,7 @@ def test_killed_twice_on_two_processes_is_uninterrupted(world, tmp_path):
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
-@pytest.mark.slow
-def test_a_step_takes_less_memory_and_time_than_the_full_runs(tmp_path):
-    """Of bench.py's middle model; the README's figures, with room for a busy machine."""
-    script = Path(__file__).parent / "scripts" / "lora_cost.py"
-    found = {}
-    for rank in (0, 16):
-        done = subprocess.run(
-            [sys.executable, script, str(tmp_path), str(rank)],
-            env=environment(), capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        found[rank] = json.loads(done.stdout.splitlines()[-1])
-    assert found[0]["mb"] >= 2.5 * found[16]["mb"]
-    ratio = found[0]["seconds"] / found[16]["seconds"]
-    print(f"seconds of a step, full / LoRA: {ratio:.2f}")
-    # The goal is 1.3, and 1.44 was found; the two do not run at once, so the load may differ.
-    assert ratio >= 1.1, ratio
-
-
 # -------------------------------------------------------------------------------------------------- bad input
-
-BAD_OPTIONS = {
-    "a rank below 0": (["--lora", "-1"], "--lora -1: must be at least 0"),
-    "a scale of 0": (["--lora_alpha", "0"], "--lora_alpha 0.0: must be a number above 0"),
-    "offloading": (["--lora", "4", "--cpu_offload", "on"], "--cpu_offload on: with --lora"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_OPTIONS)
-def test_bad_options_get_one_line(world, tmp_path, capsys, name):
-    flags, expected = BAD_OPTIONS[name]
-    assert train_here(tmp_path, *arguments(world), *flags) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith(f"error: {expected}") and "\n" not in error
-
-
-def other_base(folder, world):
-    edit_config(folder, base_model_name_or_path=str(world / "audio"))
 
 
 def edit_config(folder, **more):
@@ -288,55 +242,38 @@ def edit_config(folder, **more):
     path.write_text(json.dumps(json.loads(path.read_text()) | more))
 
 
-def rename_one(folder, world):
+def rewrite(folder, change):
     halves = load_file(folder / lora.WEIGHTS)
     name = next(iter(halves))
-    halves[name.replace("layers.0", "layers.99")] = halves.pop(name)
-    save_file(halves, folder / lora.WEIGHTS)
-
-
-def nan(folder, world):
-    halves = load_file(folder / lora.WEIGHTS)
-    next(iter(halves.values()))[0] = float("nan")
+    change(halves, name)
     save_file(halves, folder / lora.WEIGHTS)
 
 
 BAD_ADAPTERS = {
-    "another base": (other_base, "is an adapter of .*, not of"),
-    "another name": (lambda f, w: edit_config(f, base_model_name_or_path="Qwen/X"), "is an adapter of Qwen/X"),
-    "another rank": (lambda f, w: edit_config(f, r=3), r"is \[4, \d+\], the model's \[3, \d+\]"),
-    "an absurd rank": (lambda f, w: edit_config(f, r=10**9), "not of a plain LoRA adapter"),
-    "no scale": (lambda f, w: edit_config(f, lora_alpha=0), "not of a plain LoRA adapter"),
-    "NaN": (nan, "holds NaN"),
-    "no rank": (lambda f, w: edit_config(f, r=None), "not of a plain LoRA adapter"),
-    "another method": (lambda f, w: edit_config(f, use_dora=True), "plain LoRA adapter .'use_dora'"),
-    "other layers": (rename_one, "has not the pairs of this model"),
-    "no weights": (lambda f, w: os.remove(f / lora.WEIGHTS), "adapter_model.safetensors is missing"),
-    "half a file": (lambda f, w: os.truncate(f / lora.WEIGHTS, 1000), "no whole safetensors file"),
-    "no config": (lambda f, w: os.remove(f / lora.CONFIG), "adapter_config.json is missing"),
-    "no JSON": (lambda f, w: (f / lora.CONFIG).write_text("{"), "is not JSON"),
-    "no folder": (lambda f, w: shutil.rmtree(f), "adapter_config.json is missing"),
-}  # fmt: skip
+    "another rank": (lambda f: edit_config(f, r=3), r"says rank 3, .* has \[4\]"),
+    "no rank": (lambda f: edit_config(f, r=None), "says rank None"),
+    "no scale": (lambda f: edit_config(f, lora_alpha="x"), "no adapter that can be read"),
+    "another method": (lambda f: edit_config(f, use_dora=True), "plain LoRA adapter: .'use_dora'"),
+    "no LoRA": (lambda f: edit_config(f, peft_type="IA3"), "'peft_type'"),
+    "biases": (lambda f: edit_config(f, bias="all"), "'bias'"),
+    "turned": (lambda f: edit_config(f, fan_in_fan_out=True), "'fan_in_fan_out'"),
+    "other layers": (lambda f: rewrite(f, lambda h, n: h.update(other=h.pop(n))), "do not fit"),
+    "another shape": (lambda f: rewrite(f, lambda h, n: h.update({n: h[n][:, :5].clone()})), "do not fit"),
+    "integers": (lambda f: rewrite(f, lambda h, n: h.update({n: h[n].to(torch.int8)})), "do not fit"),
+    "no weights": (lambda f: os.remove(f / lora.WEIGHTS), "no adapter that can be read"),
+    "half a file": (lambda f: os.truncate(f / lora.WEIGHTS, 1000), "no adapter that can be read"),
+    "no JSON": (lambda f: (f / lora.CONFIG).write_text("{"), "adapter_config.json cannot be read"),
+    "no folder": (lambda f: shutil.rmtree(f), "adapter_config.json is missing"),
+}
 
 
 @pytest.mark.parametrize("name", BAD_ADAPTERS)
-def test_a_bad_adapter_is_refused_in_one_line(world, one, tmp_path, name):
+def test_a_bad_adapter_is_refused_in_one_line(adapted, tmp_path, name):
     spoil, expected = BAD_ADAPTERS[name]
+    world, *_, adapter = adapted
     folder = tmp_path / "adapter"
-    shutil.copytree(one / "adapter", folder)
-    spoil(folder, world)
+    shutil.copytree(adapter, folder)
+    spoil(folder)
     with pytest.raises(InputError, match=expected) as error:
         lora.load_adapter(load_model(world / "model"), folder)
     assert "\n" not in str(error.value)
-
-
-def test_an_adapter_fits_its_base_wherever_that_lies(world, one, tmp_path):
-    """A folder of the base's name elsewhere, or the hub's cache, where the named one is not here."""
-    folder = tmp_path / "adapter"
-    shutil.copytree(one / "adapter", folder)
-    edit_config(folder, base_model_name_or_path="Qwen/Qwen2.5-Omni-7B")
-    for place in ("Qwen2.5-Omni-7B", "hub/models--Qwen--Qwen2.5-Omni-7B/snapshots/0a1b"):
-        lora.check_base(folder, "Qwen/Qwen2.5-Omni-7B", base=tmp_path / place)
-    for other in ("Qwen2.5-Omni-3B", "Qwen2.5-Omni-7B/other"):
-        with pytest.raises(InputError, match="give that --model"):
-            lora.check_base(folder, "Qwen/Qwen2.5-Omni-7B", base=tmp_path / other)
