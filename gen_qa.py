@@ -4,34 +4,32 @@
     OPENAI_API_KEY=... python gen_qa.py --captions A.csv B.csv --ids train_qa.json --out Q.jsonl
     python gen_qa.py --captions A.csv B.csv --out Q.jsonl --sample 5      (to read some, with their captions)
 
-Each finished question is a line of Q.jsonl in AVQA's format, which train.py reads as it is; killed at any
+The captions are CSV, JSON lines or a JSON list, joined by the clip's id; AudioSetCaps publishes two for
+VGGSound: overall captions (id, caption) and answers on sounds, speech and music (id, answer_1 to answer_3).
+Each finished question is a line of Q.jsonl in AVQA's format with the tokens that it took; killed at any
 moment, the same command goes on. A clip whose answers stay unusable after five askings, or that the server
-refuses, is a line of Q.rejected.jsonl, with the reason.
+refuses, is a line of Q.rejected.jsonl with the reason.
 """
 
 import argparse
-import ast
 import collections
 import concurrent.futures
-import errno
+import csv
 import hashlib
 import itertools
 import json
-import math
+import logging
 import random
 import re
 import sys
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from captions import Captions, one_line
-from chat import ChatClient, Refused, Unreachable
-from files import InputError, as_object, one_writer, parse_json, read_text, write_text
+from chat import ChatClient, Refused
+from files import InputError, append_rows, first_line, one_writer, parse_json, read_text, rows_of, write_text
 
 PROMPT = """\
 You are given information about acoustic events in an audio as answers to following questions:
@@ -55,6 +53,142 @@ output: {"question_text": "What is the source of the sound in the video?","multi
 "remote controlled aircraft", "propeller", "Fan"],"answer": 0}
 """  # Fig. 1, word for word
 
+PUBLISHED = [["id"], ["caption"], ["sound", "answer_1"], ["speech", "answer_2"], ["music", "answer_3"]]
+ASKINGS = 5  # of one clip, until an answer can be used
+LONGEST_ANSWER = 512  # tokens; one has 60
+FRUITLESS = 100  # rejected clips, each paid for five times: one in ten must have given a question by then
+
+
+# -------------------------------------------------------------------------------------------------- captions
+
+
+def table_rows(path: Path) -> Iterator[dict]:
+    """The rows of a CSV, JSON-lines or JSON-list file, one at a time: the tables have 100,000s of rows."""
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            start = file.read(1000).lstrip()[:1]
+            file.seek(0)
+            rows = csv.DictReader(file)
+            if start == "[":
+                rows = parse_json(read_text(path))
+            elif start == "{":
+                rows = map(parse_json, filter(str.strip, file))
+            for number, row in enumerate(rows, 1):  # noqa: B007 (for the error's line)
+                yield dict(row)
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise InputError(
+            f"{path}, after row {number}: not a CSV or JSON table ({first_line(error)})"
+        ) from None
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split()).encode("utf-8", "replace").decode()
+
+
+def value_of(row: dict, column: str) -> str:
+    return one_line(str(row.get(column) or ""))
+
+
+def same_clip(name: str) -> str:
+    """The names of one clip as one: a YouTube id of 11 characters and a start second, whatever follows."""
+    name = re.sub(r"\.(wav|flac|mp3|ogg|mp4)$", "", name)
+    match = re.fullmatch(r"(.{11})_(\d{1,9})(_\d+)?", name)
+    if not match:
+        return name
+    return f"{match[1]}_{int(match[2])}"
+
+
+def wanted_clips(path: Path) -> dict[str, str]:
+    """--ids: AVQA's questions, VGGSound's list (its train rows) or names, one a line -> {same_clip: name}."""
+    text = read_text(path)
+    names = []
+    if text.lstrip().startswith(("[", "{")):
+        for row in table_rows(path):
+            names.append(row.get("video_name") or row.get("id"))
+    else:
+        for row in csv.reader(text.splitlines()):
+            if len(row) > 1:
+                row[0] = f"{row[0]}_{int(row[1]):06d}"
+            if row and row[-1] != "test":
+                names.append(row[0].strip())
+    return {same_clip(name): name for name in map(str, names)}
+
+
+class Captions:
+    """The clips of one table, or of several that are joined by id; those of the list `ids` only, if given.
+
+    The largest table is read row by row, at each pass; the captions of the others are held in memory. What is
+    left out is counted and named: `print_left_out`.
+    """
+
+    def __init__(self, paths: list[Path], ids: Path | None, columns: list[str] | None):
+        self.wanted = None
+        if ids:
+            self.wanted = wanted_clips(ids)
+        names = PUBLISHED
+        if columns:
+            names = [[column] for column in columns]
+        self.place = {}  # 0 to 3 for A1 to A4 -> (table, its column of ids, its column of captions)
+        found = []
+        for path in paths:
+            header = list(next(table_rows(path), {}))
+            found.append(f"{path} has {', '.join(map(str, header))}")
+            (key, *_), *captions = [[name for name in one if name in header] + [None] for one in names]
+            for i, (column, *_) in enumerate(captions):
+                if key and column:
+                    self.place.setdefault(i, (path, key, column))
+        if len(self.place) < 4:
+            raise InputError(
+                f"captions need columns of {names}, but {'; '.join(found)}: name them by --columns"
+            )
+        used = {path: key for path, key, _ in self.place.values()}
+        self.path = max(used, key=lambda path: path.stat().st_size)
+        self.key = used[self.path]
+        self.held = collections.defaultdict(dict)  # 0 to 3 -> {clip: caption}
+        for i, (path, key, column) in self.place.items():
+            if path != self.path:
+                for row in table_rows(path):
+                    clip = same_clip(value_of(row, key))
+                    if self.wanted is None or clip in self.wanted:
+                        self.held[i].setdefault(clip, value_of(row, column))
+
+    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
+        """(clip's name, [A1, A2, A3, A4]) one at a time, each clip once."""
+        self.left_out = collections.defaultdict(list)  # why -> names
+        wanted = self.wanted or {}
+        met = set()
+        for row in table_rows(self.path):
+            name = value_of(row, self.key)
+            clip = same_clip(name)
+            if self.wanted is not None and clip not in wanted:
+                continue
+            texts = []
+            for i in range(4):
+                text = value_of(row, self.place[i][2])
+                if i in self.held:
+                    text = self.held[i].get(clip)
+                texts.append(text)
+            if not name or clip in met:
+                self.left_out["without an id or met before"].append(name)
+            elif None in texts or not texts[0]:
+                self.left_out["without an overall caption or not in every table"].append(name)
+            else:
+                yield wanted.get(clip, name), texts
+            met.add(clip)
+        for captions in self.held.values():
+            self.left_out["in one table alone"] += sorted(captions.keys() - met)
+            met |= captions.keys()
+        self.left_out["of --ids, without captions"] += sorted(wanted.keys() - met)
+
+    def print_left_out(self) -> None:
+        for why, names in self.left_out.items():
+            if names:
+                print(f"{len(names):,} left out, {why}: {', '.join(names[:10])}")
+
+
+# ------------------------------------------------------------------------------------- prompts and questions
+
 
 def prompt_for(texts: list[str]) -> str:
     """Fig. 1 followed by this clip's four captions (A1 overall, A2 sounds, A3 speech, A4 music)."""
@@ -62,63 +196,28 @@ def prompt_for(texts: list[str]) -> str:
     return PROMPT + "E2. input:\n" + "".join(captions) + "output:"
 
 
-# --------------------------------------------------------------------------------------------------- answers
+def parse_answer(text: str) -> tuple[str, list[str]]:
+    """An answer in Fig. 1's format -> (question, choices with the right one first).
 
-
-def read_json(text: str) -> Any:
-    return json.JSONDecoder().raw_decode(text)[0]  # the first value; whatever follows it
-
-
-def read_loose_json(text: str) -> Any:
-    return read_json(re.sub(r",\s*([}\]])", r"\1", text))
-
-
-def read_python(text: str) -> Any:
-    return ast.literal_eval(text[: text.find("}") + 1])
-
-
-def parse_answer(text: str) -> dict:
-    """The question in an answer as models write it: after output:, fenced, single-quoted, extra commas."""
-    text = text[:20_000]
-    for start in itertools.islice(re.finditer(r"\{", text), 20):
-        piece = text[start.start() :]
-        for read in (read_json, read_loose_json, read_python):
-            try:
-                row = read(piece)
-            except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-                continue
-            if isinstance(row, dict) and "multi_choice" in row:
-                return row
-    raise ValueError("no question in the answer")
-
-
-def usable(row: dict, texts: list[str], no_false_music: bool = False) -> tuple[str, list[str]]:
-    """(question, choices with the right one first) of a parsed answer, or ValueError with what is wrong."""
-    question = row.get("question_text")
-    answer = row.get("answer")
-    choices = row["multi_choice"]
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError("no question_text")
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError("choices are not a list of texts")
-    choices = [one_line(choice) for choice in choices]
-    different = {choice.casefold() for choice in choices}
-    if len(choices) != 4 or len(different) != 4 or "" in different:
-        raise ValueError("not four different choices")
-    if isinstance(answer, str) and answer in choices:
-        answer = choices.index(answer)
-    elif isinstance(answer, str):
-        answer = int(answer)
+    Whatever stands before the first brace and after the object is passed over. Raises ValueError.
+    """
+    try:
+        row, _ = json.JSONDecoder().raw_decode(text[text.index("{") :])
+        question = one_line(row["question_text"])
+        choices = list(map(one_line, row["multi_choice"]))
+        answer = row["answer"]
+        different = {choice.casefold() for choice in choices} - {""}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"no question in the answer: {first_line(error)}") from None
+    if not question or not len(choices) == len(different) == 4:
+        raise ValueError("no question with four different choices")
     if type(answer) is not int or not 0 <= answer < 4:
         raise ValueError("answer is no index of a choice")
-    silent = re.search(r"\bno\b[^.]*\bmusic", texts[3], re.I)
-    if no_false_music and silent and re.search(r"\b(music|song|melod|instrument)", question, re.I):
-        raise ValueError("asks about music where the captions say that there is none")
     right = choices.pop(answer)
-    return one_line(question), [right, *choices]
+    return question, [right, *choices]
 
 
-def question_row(name: str, question: str, choices: list[str], seed: int) -> dict:
+def question_row(name: str, question: str, choices: list[str], *, seed: int, tokens: list[int]) -> dict:
     """AVQA's row. The right answer's place follows from clip and seed: 25 % each, on any machine."""
     right, *others = choices
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -131,211 +230,153 @@ def question_row(name: str, question: str, choices: list[str], seed: int) -> dic
         "multi_choice": others,
         "answer": place,
         "question_type": "Generated",
+        "tokens": tokens,
     }
 
 
-# ---------------------------------------------------------------------------------------------------- ledger
-
-REJECTED_KEYS = {"id": str, "reason": str, "answer": str}
-DONE_KEYS = {
-    "id": str,
-    "video_name": str,
-    "question_text": str,
-    "multi_choice": list,
-    "answer": int,
-    "question_type": str,
-}
-FRUITLESS = 100  # rejected clips, each paid for five times: one in ten must have given a question by then
-
-
-@dataclass
-class Outcome:
-    """What came of one clip: "done", "rejected", "refused" or "unreached"; the row to write; tokens spent."""
-
-    kind: str
-    row: dict
-    tokens_in: int = 0
-    tokens_out: int = 0
-
-
-def own_rows(path: Path, keys: dict[str, type]) -> Iterator[dict]:
-    """The rows that this program wrote, without the half of one that a kill may have left at the end. Raises
-    InputError for any other file.
-    """
-    if not path.exists():
-        return
-    if not path.is_file():
-        raise InputError(f"{path} is no regular file")  # a FIFO would be waited for
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            row = as_object(line.decode("utf-8", "replace"))
-            typed = all(isinstance(row.get(name), kind) for name, kind in keys.items())
-            if typed and row.get("question_type", "Generated") == "Generated":
-                yield row
-            elif line.endswith(b"\n") or not is_half_row(line, keys):
-                raise InputError(f"{path}, line {number}: not one of our rows; move the file away")
-
-
-def is_half_row(line: bytes, keys: dict[str, type]) -> bool:
-    """Whether a line is the beginning of one of our rows: our keys, in order, with their kinds of value."""
-    rest = line.decode("utf-8", "ignore")
-    mark = "{"
-    for name, kind in keys.items():
-        key = f'{mark}"{name}": '
-        if not rest.startswith(key):
-            return key.startswith(rest)
-        rest = rest[len(key) :]
-        mark = ", "
+def ask(client: ChatClient, name: str, texts: list[str], seed: int) -> dict:
+    """One clip's row: a question, or a reason why there is none. Raises InputError."""
+    tokens = [0, 0]
+    message = {"role": "user", "content": prompt_for(texts)}
+    for _ in range(ASKINGS):
+        text = ""
         try:
-            value, end = json.JSONDecoder().raw_decode(rest)
-        except (ValueError, RecursionError):  # cut within the value
-            return rest[:1] in {str: '"', list: "[", int: ""}[kind]
-        if not isinstance(value, kind):
-            return False
-        rest = rest[end:]
-    return "}".startswith(rest)
+            text, usage = client.complete([message], max_tokens=LONGEST_ANSWER)
+            tokens[0] += usage["prompt_tokens"]
+            tokens[1] += usage["completion_tokens"]
+            question, choices = parse_answer(text)
+            return question_row(name, question, choices, seed=seed, tokens=tokens)
+        except ValueError as error:
+            reason = str(error)
+        except Refused as error:
+            reason = str(error)
+            break
+    return {"id": name, "reason": reason, "answer": text[:2000], "tokens": tokens}
 
 
-def mend_end(path: Path) -> None:
-    """Make ready to append: a half last row is cut off, a whole one gets its line end. For own_rows only."""
-    if not path.exists():
-        return
-    with open(path, "rb+") as file:
-        whole = 0
-        line = b"\n"
-        for line in file:
-            whole += len(line) * line.endswith(b"\n")
-        if line.endswith(b"\n"):
-            return
-        if as_object(line.decode("utf-8", "replace")):
-            file.write(b"\n")
-        else:
-            file.truncate(whole)
+# ------------------------------------------------------------------------------------------------------- run
 
 
 class Ledger:
-    """Q.jsonl, Q.rejected.jsonl and Q.summary.json: what is finished, and what it took."""
+    """Q.jsonl and Q.rejected.jsonl: what is finished, and the tokens (in, out) that it took."""
 
     def __init__(self, args: argparse.Namespace):
         self.out = args.out
-        self.rejected = beside(args.out, "rejected.jsonl")
-        self.summary = beside(args.out, "summary.json")
-        self.prices = (args.price_in, args.price_out)  # of a million tokens
-        self.done_ids = set()
-        self.rejected_ids = set()
-        self.places = [0, 0, 0, 0]
-        self.count = collections.Counter()  # of this start, by kind
-        self.failed_in_a_row = 0  # clips that the server failed on
+        self.rejected = args.out.with_suffix(".rejected.jsonl")
+        self.prices = (args.price_in, args.price_out)
+        self.done = set()
+        self.failed = set()  # rejected, and not asked for again
+        self.tokens = [0, 0]
         self.reason = ""  # why the last clip without a question has none
-        self.refused = []  # outcomes held back until the server has answered something: see `settle`
-        for row in own_rows(self.out, DONE_KEYS):
-            self.done_ids.add(row["id"])
-            if row["answer"] in range(4):
-                self.places[row["answer"]] += 1
-        for row in own_rows(self.rejected, REJECTED_KEYS):
-            self.rejected_ids.add(row["id"])
-        self.tokens_in = self.tokens_out = self.retries = 0
-        if self.summary.exists():
-            try:
-                before = parse_json(read_text(self.summary))
-                self.tokens_in, self.tokens_out = map(int, before["tokens"])
-                self.retries = int(before["retries"])
-            except (ValueError, KeyError, TypeError, OverflowError):
-                raise InputError(f"{self.summary} is damaged or not ours: move it away") from None
+        for path in (self.out, self.rejected):
+            for row in rows_of(path):
+                try:
+                    self.count(row)
+                except (LookupError, TypeError):
+                    raise InputError(f"{path} holds rows that are not ours: take another --out") from None
+        self.failed -= self.done
+        if args.retry_rejected:
+            self.failed.clear()
 
-    @property
-    def price(self) -> float:
-        per_million_in, per_million_out = self.prices
-        cost = self.tokens_in * per_million_in + self.tokens_out * per_million_out
-        return round(cost / 1e6, 4)
+    def count(self, row: dict) -> None:
+        if "reason" in row:
+            self.failed.add(row["id"])
+            self.reason = row["reason"]
+        else:
+            self.done.add(row["id"])
+        for i in range(2):
+            self.tokens[i] += row["tokens"][i]
+
+    def record(self, row: dict) -> None:
+        self.count(row)
+        append_rows(self.rejected if "reason" in row else self.out, [row])
 
     def has(self, name: str) -> bool:
-        return name in self.done_ids or name in self.rejected_ids
+        return name in self.done or name in self.failed
 
-    def total_done(self) -> int:
-        return len(self.done_ids) + self.count["done"]
-
-    def total_rejected(self) -> int:
-        return len(self.rejected_ids) + self.count["rejected"]
-
-    def record(self, outcome: Outcome) -> None:
-        self.count[outcome.kind] += 1
-        self.tokens_in += outcome.tokens_in
-        self.tokens_out += outcome.tokens_out
-        self.reason = outcome.row.get("reason", self.reason)
-        self.failed_in_a_row += 1
-        if outcome.kind != "unreached":
-            self.failed_in_a_row = 0
-        if outcome.kind == "done":
-            append(self.out, outcome.row)
-            self.places[outcome.row["answer"]] += 1
-            self.settle()
-        elif outcome.kind == "rejected":
-            append(self.rejected, outcome.row)
-        elif outcome.kind == "refused":
-            self.refused.append(outcome.row)
-
-    def settle(self) -> None:
-        """Write refused clips down as rejected. Not before the server has answered anything: if it refuses
-        all that it is asked, they are not to blame, and the next start asks for them again."""
-        for row in self.refused:
-            append(self.rejected, row)
-        self.count["rejected"] += len(self.refused)
-        self.refused.clear()
-
-    def state(self, client: ChatClient) -> dict:
-        """Totals so far, also written to the summary file."""
-        row = {
-            "done": self.total_done(),
-            "rejected": self.total_rejected(),
-            "unreached": self.count["unreached"],
-            "retries": self.retries + client.retries,
-            "tokens": [self.tokens_in, self.tokens_out],
-            "price": self.price,
-            "answer_places": self.places,
-        }
-        write_text(self.summary, json.dumps(row, indent=1))
-        return row
+    def price_of(self, tokens: list[float]) -> str:
+        dollars = (tokens[0] * self.prices[0] + tokens[1] * self.prices[1]) / 1e6
+        said = f"{tokens[0]:,.0f} tokens in, {tokens[1]:,} out, price {dollars:.2f} dollars"
+        return f"{said} ({self.prices[0]:g} and {self.prices[1]:g} a million)"
 
 
-def beside(out: Path, name: str) -> Path:
-    """Q.jsonl -> Q.NAME; any other file -> FILE.NAME, so that no two runs share one."""
-    if out.suffix == ".jsonl":
-        return out.with_suffix(f".{name}")
-    return Path(f"{out}.{name}")
+def ask_all(clips: Iterator, client: ChatClient, args: argparse.Namespace, ledger: Ledger, bar: tqdm) -> None:
+    """Ask for every clip; the main thread records what comes. Raises what ends the run, answers recorded."""
+    running = set()  # twice as many as there are workers: none has to wait, and few clips are in memory
+    with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
+        try:
+            while True:
+                for name, texts in itertools.islice(clips, 2 * args.workers - len(running)):
+                    running.add(pool.submit(ask, client, name, texts, args.seed))
+                if not running:
+                    return
+                finished = concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done
+                for future in finished:
+                    running.remove(future)
+                    ledger.record(future.result())
+                    bar.update()
+                bar.set_postfix_str(f"{len(ledger.failed)} rejected", refresh=False)
+                if len(ledger.failed) >= FRUITLESS and 9 * len(ledger.done) < len(ledger.failed):
+                    raise InputError(
+                        f"nine in ten rejected, the last because: {ledger.reason} (--retry_rejected)"
+                    )
+        finally:
+            client.stop.set()
+            for future in running:
+                if future.exception() is None:
+                    ledger.record(future.result())
 
 
-def append(path: Path, row: dict) -> None:
-    """Append the row in one write, so that a kill cuts at most this line."""
-    line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-    with open(path, "ab", buffering=0) as file:
-        before = file.tell()
-        if file.write(line) < len(line):
-            file.truncate(before)
-            raise OSError(errno.ENOSPC, f"no space left for {path}")
+def estimate(captions: Captions, ledger: Ledger) -> tuple[int, int, list[str]]:
+    """Say how many clips and tokens, and what price. Returns (clips, clips left, an example's captions)."""
+    total = left = characters = 0
+    example = []
+    for name, texts in captions:
+        total += 1
+        example = example or texts
+        if not ledger.has(name):
+            left += 1
+            characters += len(prompt_for(texts))
+    captions.print_left_out()
+    if not total:
+        raise InputError(f"{captions.path}: no captions of the clips that are asked for")
+    tokens = [characters / 4.2, 60 * left]
+    print(f"{total:,} clips, {left:,} to ask: {ledger.price_of(tokens)}")
+    return total, left, example
+
+
+def generate(args: argparse.Namespace, captions: Captions) -> None:
+    """Ask for every clip that has no question yet."""
+    client = ChatClient(args.url, args.model)
+    ledger = Ledger(args)
+    total, left, _ = estimate(captions, ledger)
+    clips = (clip for clip in captions if not ledger.has(clip[0]))
+    try:
+        with tqdm(total=total, initial=total - left, unit="clip", dynamic_ncols=True) as bar:
+            ask_all(clips, client, args, ledger, bar)
+    finally:
+        count = f"{len(ledger.done):,} questions, {len(ledger.failed):,} clips rejected"
+        print(f"{count}: {ledger.price_of(ledger.tokens)}")
+    if not ledger.done:
+        raise InputError(f"no question came out of {total:,} clips, of the last because: {ledger.reason}")
+    if args.keep_shortest:
+        keep_shortest(args.out, args.keep_shortest)
 
 
 def keep_shortest(path: Path, count: int) -> None:
     """Section III-C's filter by length: the `count` shortest questions with choices, in a file beside."""
-    lengths = []
-    for row in own_rows(path, DONE_KEYS):
-        words = [row["question_text"], *map(str, row["multi_choice"])]
-        lengths.append((len("".join(words)), row["id"]))
-    lengths.sort()
-    kept = {name for _, name in lengths[:count]}
-    target = beside(path, "shortest.jsonl")
-    lines = []
-    for row in own_rows(path, DONE_KEYS):
-        if row["id"] in kept:
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(target, "".join(lines))
-    longest = lengths[len(kept) - 1][0]
-    print(f"{target}: the {len(kept)} shortest of {len(lengths)}, up to {longest} characters")
+    rows = rows_of(path)
+    rows.sort(key=lambda row: (len("".join([row["question_text"], *row["multi_choice"]])), row["id"]))
+    target = path.with_suffix(".shortest.jsonl")
+    write_text(target, "".join(json.dumps(row) + "\n" for row in rows[:count]))
+    print(f"{target}: the {len(rows[:count])} shortest of {len(rows)}")
 
 
 def print_samples(args: argparse.Namespace, captions: Captions) -> None:
     """--sample: questions for a person to read, with the captions they come from."""
-    rows = list(own_rows(args.out, DONE_KEYS))
+    rows = rows_of(args.out)
+    if not rows:
+        raise InputError(f"{args.out}: no questions to sample from")
     rows = random.Random(args.seed).sample(rows, min(args.sample, len(rows)))
     chosen = {row["id"]: row for row in rows}
     for name, texts in captions:
@@ -349,196 +390,47 @@ def print_samples(args: argparse.Namespace, captions: Captions) -> None:
                 print("  " + " *"[i == row["answer"]] + f" {choice}")
 
 
-# ------------------------------------------------------------------------------------------------------- run
-
-
-def ask(client: ChatClient, name: str, texts: list[str], args: argparse.Namespace) -> Outcome:
-    """Ask for one clip's question. Raises InputError and Unreachable where no further clip needs asking."""
-    row = {"id": name, "reason": "", "answer": ""}
-    outcome = Outcome("rejected", row)
-    message = {"role": "user", "content": prompt_for(texts)}
-    for _ in range(5):  # an unusable answer is asked for 4 more times
-        try:
-            text, usage = client.complete([message], max_tokens=args.max_tokens)
-            outcome.tokens_in += usage["prompt_tokens"]
-            outcome.tokens_out += usage["completion_tokens"]
-            row["answer"] = text[:20_000]
-            question, choices = usable(parse_answer(text), texts, args.no_false_music)
-            outcome.row = question_row(name, question, choices, args.seed)
-            outcome.kind = "done"
-            return outcome
-        except ValueError as error:
-            row["reason"] = str(error)
-        except Refused as error:
-            row["reason"] = str(error)
-            outcome.kind = "refused"
-            return outcome
-        except Unreachable as error:
-            if client.stop.is_set():
-                raise
-            row["reason"] = str(error)
-            outcome.kind = "unreached"
-            return outcome
-    return outcome
-
-
-def ask_all(clips: Iterator, client: ChatClient, args: argparse.Namespace, ledger: Ledger, bar: tqdm) -> None:
-    """Ask for every clip; the main thread records what comes. Raises what ends the run, answers recorded."""
-    running = set()  # twice as many as there are workers: none has to wait, and few clips are in memory
-    with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
-        try:
-            while True:
-                for name, texts in itertools.islice(clips, 2 * args.workers - len(running)):
-                    running.add(pool.submit(ask, client, name, texts, args))
-                if not running:
-                    return
-                finished = concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done
-                for future in finished:
-                    running.remove(future)
-                    ledger.record(future.result())
-                    bar.update()
-                    if bar.n % 200 == 0:
-                        ledger.state(client)
-                counts = {"rejected": ledger.count["rejected"], "retries": client.retries}
-                bar.set_postfix(counts, price=ledger.price, refresh=False)
-                if ledger.failed_in_a_row >= args.workers:  # every worker in turn: the server is gone
-                    raise Unreachable(ledger.reason)
-                rejected = ledger.total_rejected()
-                if rejected >= FRUITLESS and 9 * ledger.total_done() < rejected:
-                    done = f"{rejected} clips rejected, {ledger.total_done()} questions"
-                    raise InputError(f"{done}, the last because: {ledger.reason} (see --retry_rejected)")
-        finally:
-            client.stop.set()
-            for future in running:
-                if future.exception() is None:
-                    ledger.record(future.result())
-
-
-def estimate(args: argparse.Namespace, captions: Captions, ledger: Ledger) -> tuple[int, int, list[str]]:
-    """Say how many clips and tokens, and what price. Returns (clips, clips left, an example's captions)."""
-    total = left = characters = 0
-    example = []
-    for name, texts in captions:
-        total += 1
-        example = example or texts
-        if not ledger.has(name):
-            left += 1
-            characters += len(prompt_for(texts))
-    captions.print_left_out()
-    if not total:
-        of = f" of the clips in {args.ids}" * bool(args.ids)
-        raise InputError(f"{captions.names}: no captions{of}")
-    tokens = characters / 4.2
-    answers = left * 60
-    price = (tokens * args.price_in + answers * args.price_out) / 1e6
-    print(
-        f"{total:,} clips, {left:,} to ask: about {tokens:,.0f} tokens in, {answers:,} out, price {price:.2f}"
-    )
-    return total, left, example
-
-
-def generate(args: argparse.Namespace, captions: Captions) -> None:
-    """Ask for every clip that has no question yet."""
-    client = ChatClient(args.url, args.model, tries=args.tries, timeout=args.timeout)
-    ledger = Ledger(args)
-    if args.keep_shortest:
-        list(own_rows(beside(args.out, "shortest.jsonl"), DONE_KEYS))  # InputError if it is not ours
-    mend_end(ledger.out)
-    mend_end(ledger.rejected)
-    if args.retry_rejected:
-        ledger.rejected.unlink(missing_ok=True)
-        ledger.rejected_ids.clear()
-    total, left, _ = estimate(args, captions, ledger)
-    clips = (clip for clip in captions if not ledger.has(clip[0]))
-    try:
-        with tqdm(total=total, initial=total - left, unit="clip", dynamic_ncols=True) as bar:
-            ask_all(clips, client, args, ledger, bar)
-        if ledger.refused and not is_answered(captions, args, ledger):
-            raise InputError(f"the server refuses all that it is asked, the last because: {ledger.reason}")
-        ledger.settle()
-    finally:
-        print(json.dumps(ledger.state(client)))
-    if ledger.count["unreached"]:
-        raise InputError("some clips were not reached; start again to ask for them")
-    if not ledger.total_done():
-        raise InputError(f"no question came out of {total:,} clips, of the last because: {ledger.reason}")
-    if args.keep_shortest:
-        keep_shortest(args.out, args.keep_shortest)
-
-
-def is_answered(captions: Captions, args: argparse.Namespace, ledger: Ledger) -> bool:
-    """Whether the server answered anything in this start, or does now, asked for a clip that it knows."""
-    if ledger.count["done"] or ledger.count["rejected"]:
-        return True
-    for name, texts in captions:
-        if name in ledger.done_ids:
-            client = ChatClient(args.url, args.model, tries=args.tries, timeout=args.timeout)
-            return ask(client, name, texts, args).kind != "refused"
-    return False
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Raises InputError for a number that no run can be made with."""
-    bounds = {
-        "workers": (1, 1000),
-        "tries": (0, 100),
-        "timeout": (0.01, 86_400),
-        "max_tokens": (1, 1_000_000),
-    }
-    bounds["price_in"] = bounds["price_out"] = (0, 1e9)
-    bounds["seed"] = bounds["sample"] = bounds["keep_shortest"] = (0, 2**63)
-    for name, (least, most) in bounds.items():
-        value = getattr(args, name)
-        if math.isnan(value) or not least <= value <= most:
-            raise InputError(f"--{name} {value}: must be {least:,} to {most:,}")
-    if not args.out.name or args.out.is_dir():
-        raise InputError(f"--out {args.out}: must be a file's name, such as questions.jsonl")
-
-
 def parse_args() -> argparse.Namespace:
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape, allow_abbrev=False)
     add = parser.add_argument
     add("--captions", required=True, nargs="+", type=Path, help="CSV or JSON tables, joined by id")
+    names = ("ID", "CAPTION", "SOUND", "SPEECH", "MUSIC")
+    add("--columns", nargs=5, metavar=names, help="the tables' columns (default: the published names)")
     add("--out", required=True, type=Path, help="questions in AVQA's format; may exist")
-    add("--ids", help="only the clips of this list: AVQA's questions, VGGSound's CSV, or names, one a line")
+    add("--ids", type=Path, help="only these clips: AVQA's questions, VGGSound's CSV, or names, one a line")
     add("--url", default="https://api.openai.com/v1/chat/completions", help="endpoint (default: %(default)s)")
     add("--model", default="gpt-4o-mini", help="the endpoint's name of the model (default: %(default)s)")
-    add("--max_tokens", type=int, default=512, help="longest answer; one has 60 (default: %(default)s)")
     add("--workers", type=int, default=16, help="requests at a time (default: %(default)s)")
-    add("--tries", type=int, default=12, help="times a failed request is sent again (default: %(default)s)")
-    add("--timeout", type=float, default=60.0, help="seconds for a whole request (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the answers' places and of --sample (default: %(default)s)")
-    add("--price_in", type=float, default=0.15, help="of a million input tokens (default: %(default)s)")
-    add("--price_out", type=float, default=0.60, help="of a million output tokens (default: %(default)s)")
+    add("--price_in", type=float, default=0.15, help="dollars a million input tokens (default: %(default)s)")
+    add(
+        "--price_out", type=float, default=0.60, help="dollars a million output tokens (default: %(default)s)"
+    )
     add("--dry_run", action="store_true", help="print clips, price and one full prompt; write nothing")
     add("--sample", type=int, default=0, metavar="N", help="print N finished questions; write nothing")
-    add(
-        "--keep_shortest", type=int, default=0, metavar="N", help="write the N shortest to OUT.shortest.jsonl"
-    )
+    add("--keep_shortest", type=int, default=0, metavar="N", help="the N shortest to OUT's .shortest.jsonl")
     add("--retry_rejected", action="store_true", help="ask again for what was rejected before")
-    add("--no_false_music", action="store_true", help="no question about music where A4 says there is none")
     return parser.parse_args()
 
 
 def main() -> None:
-    warnings.simplefilter("ignore", SyntaxWarning)  # of Python literals in answers
-    sys.stdout.reconfigure(errors="replace")
     args = parse_args()
+    logging.basicConfig(format="%(message)s")
     try:
-        check_options(args)
-        captions = Captions(args.captions, args.ids)
+        captions = Captions(args.captions, args.ids, args.columns)
         if args.sample:
             print_samples(args, captions)
         elif args.dry_run:
-            example = estimate(args, captions, Ledger(args))[2]
+            example = estimate(captions, Ledger(args))[2]
             print(f"\n{prompt_for(example)}")
         else:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            with one_writer(f"{args.out}.lock"):
+            lock = one_writer(f"{args.out}.lock")
+            with lock, logging_redirect_tqdm():
                 generate(args, captions)
-    except (InputError, Unreachable, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError, ValueError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on from there", file=sys.stderr)

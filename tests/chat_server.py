@@ -1,9 +1,9 @@
 """A stand-in for a chat endpoint: for the tests, and for the demo's question generation.
 
-    python tests/chat_server.py --port_file FILE [--latency 0.2] [--fail 0.3]
+    python tests/chat_server.py --port_file FILE
 
-Answers Fig. 1's prompt with a question made from the captions in it, in one of the ways in which models write;
-answers a question about audio (evaluate.py --url) with one of its choices. It can fail as real servers do.
+Answers Fig. 1's prompt with a question made from the captions in it; answers a question about audio
+(evaluate.py --url) with one of its choices. It can fail as real servers do.
 """
 
 import argparse
@@ -12,46 +12,41 @@ import hashlib
 import json
 import random
 import re
-import socket
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-WORDS = ["dog", "bird", "frog", "cow", "engine", "drill", "clock", "siren", "rain", "wind", "thunder"]
-WORDS += ["waves", "drum", "flute", "violin", "guitar", "piano", "trumpet", "man", "woman", "child"]
-WORDS += ["robot", "crowd", "singer"]
+WORDS = "dog bird frog cow engine drill clock siren rain wind waves drum flute guitar man woman robot".split()  # noqa: SIM905
 
 
 def draw(text: str, count: int) -> int:
     """A number below `count` that the text decides."""
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return int(digest, 16) % count
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % count
 
 
 def question_about(prompt: str) -> str:
     """The clip's captions -> the text of an answer, the same every time."""
     captions = prompt.rsplit("input:", 1)[1]
-    named = re.search(r"sound of an? (\w+)", captions) or re.search(r"A2:\W*(?:The |A |An )?(\w+)", captions)
-    right = named[1].lower()
-    others = [word for word in WORDS if word != right]
-    others.sort(key=lambda word: draw(captions + word, 2**60))
-    others = others[:3]
-    row = {"question_text": "What can be heard in the video?", "multi_choice": [right, *others], "answer": 0}
-    text = json.dumps(row)
-    styles = [
-        f"output: {text}",
-        f"Here is one.\n```json\n{json.dumps(row, indent=1)}\n```\nI hope that this helps!",
-        str(row),
-        text.replace("]", ",]").replace("}", ", }"),
-        f"output:\n{text}\n",
-    ]
     if "never answered" in captions:
         return "I am sorry."
-    return styles[draw(captions, len(styles))]
+    right = re.search(r"sound of an? (\w+)", captions)[1]
+    others = sorted(set(WORDS) - {right}, key=lambda word: draw(captions + word, 2**60))
+    row = {
+        "question_text": "What can be heard in the video?",
+        "multi_choice": [right, *others[:3]],
+        "answer": 0,
+    }
+    if draw(captions, 2):
+        return f"output: {json.dumps(row)}"
+    return f"Here is one.\n```json\n{json.dumps(row, indent=1)}\n```\nI hope that this helps!"
+
+
+def reply_of(text: str | None, tokens: int = 400) -> dict:
+    usage = {"prompt_tokens": tokens, "completion_tokens": 50}
+    return {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -65,7 +60,6 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.requests.append((time.monotonic(), self.headers.get("Authorization"), body))
-        server.open.wait()
         time.sleep(server.latency)
         if server.always:
             return self.reply(*server.always)
@@ -81,13 +75,10 @@ class Handler(BaseHTTPRequestHandler):
             text = choices[draw(asked, len(choices))]
             if not server.hears:
                 tokens = len(asked) // 4
-        self.reply(200, self.completion(text, tokens))
+        self.reply(200, reply_of(text, tokens))
 
-    def completion(self, text: str, tokens: int = 400) -> dict:
-        usage = {"prompt_tokens": tokens, "completion_tokens": 50}
-        return {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}
-
-    def reply(self, status: int, body: bytes | dict, headers: dict | None = None) -> None:
+    def reply(self, status: int, body: bytes | dict, headers: dict | None = None, sent: float = 1.0) -> None:
+        """`sent` is the share of the body that is sent before the connection is cut."""
         data = body
         if not isinstance(body, bytes):
             data = json.dumps(body).encode()
@@ -96,44 +87,23 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(data[: int(sent * len(data))])
+        self.close_connection = sent < 1
 
     def misbehave(self, way: str) -> None:
         if way == "pause":
             self.reply(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.05"})
-        elif way == "busy":
-            self.reply(503, b"<html>busy</html>")
         elif way == "error":
             self.reply(500, {"error": {"message": f"for {self.headers.get('Authorization')}"}})
+        elif way == "malformed":
+            self.reply(200, b'{"choices": [{"message": {"con')
         elif way == "nonsense":
-            self.reply(200, self.completion("Sorry, what?"))
+            self.reply(200, reply_of("Sorry, what?"))
         elif way == "truncated":
-            data = json.dumps(self.completion("x" * 400)).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
+            self.reply(200, reply_of("x" * 400), sent=0.5)
+        else:  # no answer at all, at once or late
+            time.sleep(way == "hang")
             self.close_connection = True
-        elif way == "cut":
-            self.reply(200, json.dumps(self.completion("x" * 400)).encode()[:100])
-        elif way == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.close_connection = True
-            self.connection.close()
-        elif way == "hang":
-            time.sleep(1.0)
-            self.close_connection = True
-        elif way in ("drip header", "drip body"):  # a byte now and then, for ever
-            self.send_response(200)
-            self.send_header("Content-Length", "1000000")
-            if way == "drip body":
-                self.end_headers()
-            else:
-                self.send_header("X-Slow", "")
-                self.flush_headers()
-            while True:
-                self.wfile.write(b" ")
-                time.sleep(0.05)
 
 
 class ChatServer(ThreadingHTTPServer):
@@ -141,26 +111,18 @@ class ChatServer(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(
-        self,
-        port: int = 0,
-        latency: float = 0.0,
-        fail: float = 0.0,
-        seed: int = 0,
-        always: tuple | None = None,
-        hears: bool = True,
+        self, latency: float = 0.0, fail: float = 0.0, always: tuple | None = None, hears: bool = True
     ):
         """`latency` in seconds; `fail` is the share of requests that fail, each in one of `ways`; `always` =
         (status, body, headers) is the answer to all; one that does not hear counts no tokens for audio."""
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.hears = hears
         self.latency = latency
         self.fail = fail
         self.always = always
-        self.random = random.Random(seed)
-        self.ways = ["pause", "busy", "error", "truncated", "cut", "reset", "hang"]
+        self.random = random.Random(0)
+        self.ways = ["pause", "error", "malformed", "truncated", "cut", "hang"]
         self.requests = []
-        self.open = threading.Event()  # while it is clear, requests are counted and wait for their answers
-        self.open.set()
         self.url = f"http://127.0.0.1:{self.server_port}/v1/chat/completions"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -168,32 +130,18 @@ class ChatServer(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Callable[..., ChatServer]]:
-    """A function: its options -> a running ChatServer. All of them end with the block."""
-    servers = []
-
-    def start(**options: Any) -> ChatServer:
-        server = ChatServer(**options)
-        servers.append(server)
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        return server
-
-    try:
-        yield start
-    finally:
-        for server in servers:
-            server.shutdown()
-            server.server_close()
+def serving(**options: Any) -> Iterator[ChatServer]:
+    """A running ChatServer, until the block ends."""
+    with ChatServer(**options) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 if __name__ == "__main__":
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--port_file", required=True, help="file to write the URL to, once it listens")
-    parser.add_argument("--latency", type=float, default=0.0, help="seconds (default: 0)")
-    parser.add_argument("--fail", type=float, default=0.0, help="share of requests that fail (default: 0)")
     args = parser.parse_args()
-    server = ChatServer(latency=args.latency, fail=args.fail)
+    server = ChatServer()
     Path(args.port_file).write_text(server.url)
     server.serve_forever()
