@@ -5,15 +5,15 @@
     mmau        {"id", "audio_id", "question", "choices": [...], "answer": text or absent, "task"}
     mmar        {"id", "audio_path", "question", "choices": [...], "answer": text, "modality"}
     mmau-pro    the same with "audio_path" a list; rows of several clips or without choices are left out
-    audiomcq    the same with "source_dataset", with or without "id"
+    audiomcq    the same with "source_dataset"
     dcase       {"question_text", "multi_choice": [...], "audio_path", "answer": text}, DCASE 2026's ADQA
     choices_ad  {"question", "choice_a" ... "choice_d", "answer_gt": text} and "id", "audio_path" (MMSU), or
                 "uniq_id", "path", "task_name", "dataset_name" (AIR-Bench Foundation)
 
-each as a JSON list or one object a line. Audio is anything that soundfile reads, brought to 16 kHz mono.
+each as a JSON list or one object a line; "id" may be absent, and PLAIN below is enough of one's own data.
+Audio is anything that soundfile reads, brought to 16 kHz mono.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -21,11 +21,11 @@ import os
 import re
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -35,13 +35,11 @@ from files import InputError, first_line, parse_json, read_text, sha256
 log = logging.getLogger("omni_r1")
 
 RATE = 16_000
-LOWEST_RATE = 1_000
-HIGHEST_RATE = 384_000
-MOST_CHANNELS = 64
-LONGEST_TEXT = 20_000  # characters of a question, and of its choices together; real ones have a few hundred
-LONGEST_NAME = 1_000  # characters of an id or a clip's name
-MOST_CHOICES = 64  # the real ones have 2 to 8
+MOST_BAD = 0.1  # of a file's rows, or of its questions' clips: with more that cannot be read it is refused
 MOST_EVALUATED = 200  # questions of --eval_data: their 95 % interval is about 7 points to either side
+PLAIN = (
+    '{"audio_path": "dog.wav", "question": "Who barks?", "choices": ["a dog", "a fox"], "answer": "a dog"}'
+)
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,13 @@ class Question:
     meta: dict  # {"format", "row": 0-based row of the file, "source": the row as published}
 
 
-# What --prompt adds to Section III-A's prompt: nothing (the paper), or r1-aqa's two instructions.
+# What --prompt adds to Section III-A's prompt: nothing (the paper), r1-aqa's two instructions, Ke-Omni-R's.
 PROMPTS = {
     "direct": "",
     "answer": " Output the final answer in <answer> </answer>.",
     "think": " Output the thinking process in <think> </think> and final answer in <answer> </answer>.",
+    "brief": " Output the thinking process (at most 50 words) in <think> </think>"
+    " and final answer in <answer> </answer>.",
 }
 
 
@@ -85,59 +85,58 @@ def read_rows(path: Path | str) -> tuple[list, bool]:
             raise InputError(f"{path}: not a whole JSON list (cut off?): {error}") from None
     rows = []
     for line in text.split("\n"):  # not splitlines(), which also splits at U+2028 inside a text
-        if not line.strip():
-            continue
         try:
             rows.append(parse_json(line))
         except ValueError:
-            rows.append(None)
+            if line.strip():
+                rows.append(None)
     if not any(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: neither a JSON list nor JSON objects, one a line")
+        raise InputError(f"{path}: neither a JSON list nor JSON objects, one a line, such as {PLAIN}")
     return rows, True
 
 
-def read_questions(path: Path | str, audio_dir: str | None = None, max_bad: float = 0.10) -> list[Question]:
+def read_questions(path: Path | str, audio_dir: str | None = None) -> list[Question]:
     """Read a question file, its format told by its keys. Clips are looked up in `audio_dir` (or beside it).
 
-    A malformed row is named in the log with its number and skipped; more than the share `max_bad` of them, or
-    a file in no known format, raises InputError. A file hides its answers if no row at all has one.
+    This is the one door of a row: whatever is wrong in it, the row is named in the log with its number and
+    skipped. More than a tenth of them, a file in no known format, or two names that one clip would be heard
+    for raise InputError. A file hides its answers if no row at all has one.
     """
     rows, _ = read_rows(path)
-    name = format_of_file(path, rows)
-    folder = Path(path).parent if audio_dir is None else Path(audio_dir)
+    form = format_of_file(path, rows)
+    folder = Path(audio_dir or Path(path).parent)
     questions = []
     bad = []
     left_out = 0
     row_of_id = {}
     for number, row in enumerate(rows, start=1):
         try:
-            question = read_row(row, name, number, folder)
+            question = read_row(row, form, number, folder)
             first = row_of_id.setdefault(question.id, number)
             if first != number:
-                raise ValueError(f"id {question.id!r:.80} is row {first}'s already")
+                raise ValueError(f"id {question.id} is row {first}'s already")
             questions.append(question)
         except NotAsked:
             left_out += 1
-        except KeyError as error:
-            bad.append(f"{path}, row {number}: no {error}")
-        except ValueError as error:
-            bad.append(f"{path}, row {number}: {error}")
-        except (TypeError, AttributeError, IndexError) as error:
-            bad.append(f"{path}, row {number}: is not of the format {name} ({error})")
+        except Exception as error:
+            why = first_line(error)
+            if not isinstance(error, ValueError):
+                why = f"is not of the format {form}: {type(error).__name__} {why}"
+            bad.append(f"{path}, row {number}: {why:.300}")
     answered = [question for question in questions if question.answer is not None]
-    if answered:
-        for question in questions:
-            if question.answer is None:
-                bad.append(f"{path}, row {question.meta['row'] + 1}: no answer, which other rows have")
-        questions = answered
+    for question in questions:
+        if answered and question.answer is None:
+            bad.append(f"{path}, row {question.meta['row'] + 1}: no answer, which other rows have")
+    questions = answered or questions
     if left_out:
         log.warning("%s: %d rows of several clips or without choices are left out", path, left_out)
     warn_of("skipped", bad)
-    if len(bad) > max_bad * len(rows) or (bad and not questions):
-        raise InputError(f"{len(bad)} of {len(rows)} rows are malformed (first: {bad[0]}); see --max_bad")
-    if not questions:
-        raise InputError(f"{path}: no question about one clip with choices to choose from")
-    return questions
+    if len(bad) > MOST_BAD * len(rows) or not questions:
+        counts = f"{len(bad)} of {len(rows)} rows are malformed, {left_out} left out"
+        raise InputError(f"{path}: no tenth may be: {counts} {bad[:1]}")
+    if form == "arc":
+        return questions
+    return find_clips(path, questions, folder)
 
 
 def warn_of(what: str, lines: list[str]) -> None:
@@ -149,67 +148,44 @@ def warn_of(what: str, lines: list[str]) -> None:
 
 def format_of_file(path: Path | str, rows: list) -> str:
     """The format that most rows are in. Raises InputError if none is known."""
-    counts = Counter(map(format_of, rows))
+    objects = [row for row in rows if isinstance(row, dict)]
+    counts = Counter(map(format_of, objects))
     del counts[None]
     if not counts:
-        keys = next((list(row) for row in rows if isinstance(row, dict)), [])
-        known = ", ".join(FORMATS)
-        raise InputError(f"{path}: in no known format ({known}); its first row has the keys {str(keys):.200}")
+        raise InputError(
+            f"{path}: in no known format: {str(objects[:1]):.200}; such a row is enough: {PLAIN}"
+        )
     return counts.most_common(1)[0][0]
 
 
-def read_row(row: dict, name: str, number: int, folder: Path) -> Question:
-    """Row `number` (from 1) in the format `name`. Raises ValueError or KeyError for what is malformed."""
+def read_row(row: dict, form: str, number: int, folder: Path) -> Question:
+    """Row `number` (from 1) in the format `form`, its clip's path still relative to `folder`.
+
+    Guards what would raise nothing and be asked all the same; anything else raises what it raises.
+    """
     if not isinstance(row, dict):
-        raise ValueError("is not JSON, no object, or nested too deeply")
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds half a character (a lone surrogate), which no file can hold") from None
-    identity, text, choices, answer, clip = FORMATS[name](row)
-    check_text(text)
-    check_choices(choices)
+        raise ValueError("is no JSON object")
+    identity, text, choices, answer, clip = FORMATS[form][1](row)
+    if not text.strip() or not isinstance(choices, list) or len(choices) < 2:
+        raise ValueError(f"needs a question and a list of two choices or more, has {text!r:.80}, {choices}")
+    "\n".join([text, str(clip), str(identity), *choices]).encode()  # all are texts, of whole characters
+    if identity in (None, ""):  # the same whatever the order of the rows and what was added to them
+        identity = sha256(json.dumps([clip, text, choices]).encode())
     audio = None
-    if name != "arc":
-        audio = find_clip(clip, folder)
-    if identity is None:  # the same whatever the order of the rows and what was added to them
-        content = json.dumps([clip, text, choices])
-        identity = sha256(content.encode())
-    if type(identity) not in (str, int) or len(str(identity)) > LONGEST_NAME:
-        raise ValueError(f"id {identity!r:.80} is neither text nor number, or longer than {LONGEST_NAME}")
-    meta = {"format": name, "row": number - 1, "source": row}
+    if form != "arc":
+        audio = clip_path(clip, folder)
+    meta = {"format": form, "row": number - 1, "source": row}
     return Question(str(identity), text, tuple(choices), right_choice(answer, choices), audio, meta)
-
-
-def check_text(text: str) -> None:
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError("the question is empty or no text")
-    if len(text) > LONGEST_TEXT:
-        raise ValueError(f"the question has {len(text)} characters, more than {LONGEST_TEXT}")
-
-
-def check_choices(choices: list[str]) -> None:
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError("the choices are no list of texts")
-    if not 2 <= len(choices) <= MOST_CHOICES:
-        raise ValueError(f"{len(choices)} choice(s); a question needs two, and at most {MOST_CHOICES}")
-    characters = sum(map(len, choices))
-    if characters > LONGEST_TEXT:
-        raise ValueError(f"the choices have {characters} characters, more than {LONGEST_TEXT}")
 
 
 def right_choice(answer: str | None, choices: list[str]) -> str | None:
     """The choice that the answer names, spaces around it aside; None where it is hidden."""
-    if answer is None or answer == "":
+    if answer in (None, ""):
         return None
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(f"answer {answer!r:.80} is empty or no text")
-    if answer in choices:
-        return answer
     for choice in choices:
-        if choice.strip() == answer.strip():
+        if isinstance(answer, str) and choice.strip() == answer.strip():
             return choice
-    raise ValueError(f"answer {answer!r:.80} is none of the choices")
+    raise ValueError(f"answer {answer!r:.80} is none of the choices: write the text of one of {choices}")
 
 
 def questions_hash(questions: list[Question]) -> str:
@@ -229,67 +205,46 @@ class NotAsked(Exception):
     """A well-formed row of a kind that is not asked here: about several clips, or without choices."""
 
 
-def format_of(row: dict) -> str | None:
-    """The format whose mark a row bears, the first of MARKS that it has; None for what is no row."""
-    if not isinstance(row, dict):
-        return None
-    if isinstance(row.get("audio_path"), list):
-        return "mmau-pro"
-    for key, name in MARKS.items():
-        if key in row:
-            return name
-    return None
+def plain(row: dict, text: str = "question", *, choices: str = "choices", clip: str = "audio_path") -> tuple:
+    return row.get("id"), row[text], row[choices], row.get("answer"), row[clip]
 
 
 def avqa(row: dict) -> tuple:
     """AVQA asks about videos; training on it replaces the word, as the work that the paper builds on does."""
-    check_text(row["question_text"])
-    text = row["question_text"].replace("video", "audio").replace("Video", "Audio")
+    text = row["question_text"]
+    for word, instead in (("video", "audio"), ("Video", "Audio")):
+        text = re.sub(rf"\b{word}\b(?!.[Gg]am)", instead, text)  # not that of a video game
     choices = row["multi_choice"]
     index = row["answer"]
     if type(index) is not int or not 0 <= index < len(choices):
-        raise ValueError(f"answer {index!r:.80} is no index into its {len(choices)} choices")
-    return row["id"], text, choices, choices[index], row["video_name"]
+        raise ValueError(
+            f"answer {index!r:.80} is no index: write 0 to {len(choices) - 1} for one of {choices}"
+        )
+    # one clip, whether its start second is named with leading zeros (-HG3Omg_89c_000030) or not
+    clip = re.sub(r"(?<=_)\d+$", lambda second: second[0].zfill(6), row["video_name"])
+    return row.get("id"), text, choices, choices[index], clip
 
 
 def arc(row: dict) -> tuple:
-    texts = {}
-    for choice in row["question"]["choices"]:
-        texts[choice["label"]] = choice["text"]
-    label = row["answerKey"]
-    if label not in texts:
-        raise ValueError(f"answerKey {label!r:.80} is none of the labels {str(list(texts)):.80}")
-    return row["id"], row["question"]["stem"], list(texts.values()), texts[label], None
-
-
-def mmau(row: dict) -> tuple:
-    return row["id"], row["question"], row["choices"], row.get("answer"), row["audio_id"]
-
-
-def mmar(row: dict) -> tuple:
-    return row["id"], row["question"], row["choices"], row.get("answer"), row["audio_path"]
+    listed = row["question"]["choices"]
+    texts = {choice["label"]: choice["text"] for choice in listed}
+    if len(texts) < len(listed):
+        raise ValueError(f"has a label twice: {listed}")
+    return row.get("id"), row["question"]["stem"], list(texts.values()), texts[row["answerKey"]], None
 
 
 def mmau_pro(row: dict) -> tuple:
     clips = row["audio_path"]
-    choices = row.get("choices") or []
-    if not isinstance(clips, list):
-        raise ValueError("audio_path is no list")
-    if len(clips) != 1 or len(choices) < 2:
+    if len(clips) != 1 or len(row.get("choices") or []) < 2:
         raise NotAsked
-    return row.get("id"), row["question"], choices, row.get("answer"), clips[0]
+    return plain(row | {"audio_path": clips[0]})
 
 
 def audiomcq(row: dict) -> tuple:
     identity = row.get("id")
     if identity is not None:
         identity = f"{row['source_dataset']} {identity}"  # counted within one source
-    return identity, row["question"], row["choices"], row.get("answer"), row["audio_path"]
-
-
-def dcase(row: dict) -> tuple:
-    answer = row.get("answer")
-    return row.get("id"), row["question_text"], row["multi_choice"], answer, row["audio_path"]
+    return plain(row | {"id": identity})
 
 
 def choices_ad(row: dict) -> tuple:
@@ -298,201 +253,176 @@ def choices_ad(row: dict) -> tuple:
         choice = row.get(f"choice_{letter}")
         if choice not in (None, ""):  # MMSU's questions with two choices leave any two of the four out
             choices.append(choice)
-    answer = row.get("answer_gt")
-    if "uniq_id" not in row:
-        return row["id"], row["question"], choices, answer, row["audio_path"]
-    clip = f"{row['task_name']}_{row['dataset_name']}/{row['path']}"  # AIR-Bench: a folder a task
-    return row["uniq_id"], row["question"], choices, answer, clip
+    identity = row.get("id")
+    clip = row.get("audio_path")
+    if "path" in row:
+        identity = row.get("uniq_id")
+        clip = f"{row['task_name']}_{row['dataset_name']}/{row['path']}"  # AIR-Bench: a folder a task
+    return identity, row["question"], choices, row.get("answer_gt"), clip
 
 
-FORMATS = {
-    "avqa": avqa,
-    "arc": arc,
-    "mmau": mmau,
-    "mmar": mmar,
-    "mmau-pro": mmau_pro,
-    "audiomcq": audiomcq,
-    "dcase": dcase,
-    "choices_ad": choices_ad,
+FORMATS = {  # name -> (a key that tells it from those below it, its reader)
+    "arc": ("answerKey", arc),
+    "avqa": ("video_name", avqa),
+    "choices_ad": ("choice_a", choices_ad),
+    "mmau": ("audio_id", partial(plain, clip="audio_id")),
+    "dcase": ("multi_choice", partial(plain, text="question_text", choices="multi_choice")),
+    "audiomcq": ("source_dataset", audiomcq),
+    "mmar": ("audio_path", plain),
+    "mmau-pro": ("audio_path", mmau_pro),
 }
-MARKS = {  # a key that tells a format from those below it
-    "answerKey": "arc",
-    "video_name": "avqa",
-    "choice_a": "choices_ad",
-    "audio_id": "mmau",
-    "multi_choice": "dcase",
-    "source_dataset": "audiomcq",
-    "audio_path": "mmar",
-}
+
+
+def format_of(row: dict) -> str | None:
+    """The format whose mark a row bears, the first that it has."""
+    if isinstance(row.get("audio_path"), list):
+        return "mmau-pro"
+    for name, (key, _) in FORMATS.items():
+        if key in row:
+            return name
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- clips
 
-READABLE = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif")
-UNREADABLE = (".m4a", ".mp4", ".webm", ".aac", ".wma", ".mkv")  # libsndfile knows none of them
-ENDINGS = READABLE + UNREADABLE
+# An audio file's name ends so. Of several the first is taken; libsndfile knows none of the last six.
+ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".WAV")
+ENDINGS += (".m4a", ".mp4", ".webm", ".aac", ".wma", ".mkv")
+BLOCK = 2**16  # frames decoded at a time: 1 MB of FLAC can hold gigabytes of eight channels
+LONGEST = 2**24  # samples transformed at once, in 400 MB: 350 s at 48 kHz
+
+
+def clip_path(name: str, folder: Path) -> str:
+    """A clip's name as a path relative to `folder`; of one that leads out of it, the part that does not."""
+    parts = Path(os.path.relpath(folder / name, folder)).parts
+    path = Path(*[part for part in parts if part != ".."])
+    if path.suffix not in ENDINGS:
+        path = path.with_name(f"{path.name}.wav")
+    return str(path)
+
+
+def find_clips(path: Path | str, questions: list[Question], folder: Path) -> list[Question]:
+    """Each question's clip as its file in `folder`, or where that was expected. Raises InputError.
+
+    A bare name is looked up only where it is one clip's alone, and no file is heard for two names.
+    """
+    bare = Counter(Path(name).stem for name in {question.audio for question in questions})
+    first = {}
+    found = []
+    for question in questions:
+        name = Path(question.audio)
+        alone = bare[name.stem] == 1
+        file = find_clip(name, folder, alone)
+        other = first.setdefault(file, question)
+        if other.audio != question.audio:
+            rows = f"rows {other.meta['row'] + 1} and {question.meta['row'] + 1}"
+            why = f"{other.audio} and {name} are both {file}: check --audio_dir"
+            raise InputError(f"{path}, {rows}: {why}")
+        found.append(replace(question, audio=file))
+    return found
+
+
+def find_clip(name: Path, folder: Path, alone: bool) -> str:
+    """The file of this name, with another ending or without leading zeros; `alone`: of its bare name too."""
+    short = re.sub(r"_0+(\d+)$", r"_\1", name.stem)
+    places = [folder / name.parent]
+    if alone:
+        places.append(folder)
+    for place in places:
+        names = clips_in(str(place))
+        for stem in (name.stem, short):
+            for ending in (name.suffix, *ENDINGS):
+                file = stem + ending
+                if file in names:
+                    return str(place / file)
+    return str(folder / name)
 
 
 @lru_cache(maxsize=256)
-def clips_in(folder: str) -> dict[str, str]:
-    """stem -> file name of every clip, by one listing: a folder holds up to 182,000."""
+def clips_in(folder: str) -> set[str]:
+    """The names in a folder, by one listing: it may hold 182,000."""
     try:
-        names = sorted(os.listdir(folder), reverse=True)
+        return set(os.listdir(folder))
     except OSError:
-        return {}
-    clips = {}
-    for endings in (UNREADABLE, READABLE):
-        for name in names:
-            if name.lower().endswith(endings):
-                clips[Path(name).stem] = name
-    return clips
+        return set()
 
 
-def find_clip(name: str, folder: Path) -> str:
-    """The file of a clip in `folder`, or where it was expected, if there is none; never one outside.
-
-    `name` is a path as the benchmarks give it (taken by its file name, then as a path under the folder), or
-    AVQA's clip name, whose start second stands with or without leading zeros (-HG3Omg_89c_000030,
-    -HG3Omg_89c_30).
-    """
-    if not isinstance(name, str) or "\0" in name or PurePosixPath(name).name in ("", ".."):
-        raise ValueError(f"{name!r:.80} is no clip name")
-    if len(name) > LONGEST_NAME:
-        raise ValueError(f"{name!r:.80} is no clip name")
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        path = PurePosixPath(path.name)
-    stem = path.name
-    if path.suffix.lower() in ENDINGS:
-        stem = path.stem
-    else:
-        path = path.with_name(f"{path.name}.wav")
-    stems = [stem]
-    seconds = re.fullmatch(r"(.+)_(\d{1,9})", stem)
-    if seconds:
-        start = int(seconds[2])
-        stems += [f"{seconds[1]}_{start}", f"{seconds[1]}_{start:06d}"]
-    for place in (folder, folder / path.parent):
-        listed = clips_in(str(place))
-        for candidate in stems:
-            if candidate in listed:
-                return str(place / listed[candidate])
-    return str(folder / path)
-
-
-def read_header(path: Path | str) -> str | float:
-    """Why a clip cannot be read, as far as existence and header tell, or its length in seconds."""
-    if os.path.isdir(path):
-        return "a folder"
-    if not os.path.exists(path):
-        return "no such file"
+def open_clip(path: Path | str) -> soundfile.SoundFile:
+    """Raises whatever tells why, as far as a header can, the clip cannot be read whole."""
     if not os.path.isfile(path):  # opening a pipe would wait for ever
-        return "not a regular file"
-    try:
-        info = soundfile.info(path)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        ending = Path(path).suffix.lower()
-        if ending in UNREADABLE:
-            return f"soundfile cannot read {ending}: convert it, to .flac for example"
-        return f"no audio that can be read ({first_line(error)})"
-    if not LOWEST_RATE <= info.samplerate <= HIGHEST_RATE:
-        return f"{info.samplerate} Hz is outside {LOWEST_RATE} to {HIGHEST_RATE} Hz"
-    if info.channels > MOST_CHANNELS:
-        return f"{info.channels} channels, more than {MOST_CHANNELS}"
-    if info.frames <= 0:
-        return "has no samples"
-    return info.frames / info.samplerate
-
-
-def check_clip(path: Path | str) -> str | None:
-    """Why a clip cannot be read, as far as existence and header tell; None if nothing is wrong with them."""
-    found = read_header(path)
-    if isinstance(found, str):
-        return found
-    return None
+        raise ValueError("no such file")
+    file = soundfile.SoundFile(path)
+    if not file.frames:
+        raise ValueError("has no samples")
+    # WAV and the like say how many bytes follow; a program that writes to a pipe says 2 GB or more
+    for promised, there in re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info):
+        if int(there) + 1024 < int(promised) < 2_000_000_000:
+            raise ValueError(f"is cut off: {there} of {promised} bytes are there")
+    return file
 
 
 def check_clips(clips: list[str]) -> dict[str, str | float]:
-    """clip -> why it cannot be read, or its seconds. What load_questions takes, for one process."""
+    """clip -> why its header says that it cannot be read, or its seconds."""
     found = {}
     for clip in clips:
-        found[clip] = read_header(clip)
+        try:
+            with open_clip(clip) as file:
+                found[clip] = file.frames / file.samplerate
+        except Exception as error:  # the door of a clip's header
+            found[clip] = first_line(error)
     return found
 
 
 def load_audio(path: Path | str, max_seconds: float | None = None) -> np.ndarray:
     """Decode a clip to float32 (n,), 16 kHz, channels averaged, within ±1; at most `max_seconds` of it.
 
-    Raises InputError naming the file if it cannot be read, has no samples, or has samples that are not
-    finite.
+    The door of a clip: raises InputError that names it if it cannot be read, is cut off, has no samples, or
+    has samples that are not finite.
     """
-    wrong = check_clip(path)
-    if wrong:
-        raise InputError(f"{path}: {wrong}")
     try:
-        with soundfile.SoundFile(path) as file:
-            frames = -1
-            if max_seconds is not None:
-                frames = int(max_seconds * file.samplerate)
-            samples = file.read(frames, dtype="float32", always_2d=True)
-            with np.errstate(over="ignore", invalid="ignore"):
-                mono = samples.mean(axis=1)
-            mono = resample(mono, file.samplerate)
-    except MemoryError:
-        raise InputError(f"{path}: does not fit in memory; cut it") from None
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: cannot be decoded ({first_line(error)})") from None
-    if not mono.size:
-        raise InputError(f"{path}: has no samples")
-    if not np.isfinite(mono).all():  # looked at last: sums of huge samples overflow
-        raise InputError(f"{path}: has samples that are not finite")
-    return np.clip(mono, -1, 1)
-
-
-# --------------------------------------------------------------------------------------------- resampling
-
-
-@lru_cache(maxsize=8)
-def sinc_filter(rate: int) -> tuple:
-    """Windowed-sinc weights from `rate` to 16 kHz: (up, down, offsets (up,), weights (up, taps)).
-
-    Output n lies at input time n * down / up, whose fraction takes `up` values, each with its own weights: a
-    sinc that cuts at half the lower rate under a Kaiser window (90 dB, pass band to 0.44 of the lower rate).
-    """
-    import torch  # not at the top: gen_qa.py does without, in a quarter of the memory
-
-    ratio = Fraction(RATE, rate).limit_denominator(4096)  # exact for usual rates, else within 0.025 %
-    up = ratio.numerator
-    down = ratio.denominator
-    lower = min(rate, RATE) / rate
-    half = math.ceil(0.5 * (90 - 8) / (2.285 * 2 * math.pi * 0.12 * lower)) + 1
-    times = torch.arange(up, dtype=torch.float64) * down / up
-    offsets = times.floor()
-    distance = torch.arange(-half, half + 1) - (times - offsets)[:, None]  # from each tap to the output
-    window = torch.special.i0(9.0 * (1 - (distance / (half + 1)) ** 2).clamp(min=0).sqrt())
-    weights = torch.sinc(lower * distance) * window
-    return up, down, offsets.long(), (weights / weights.sum(1, keepdim=True)).float()
+        with open_clip(path) as file:
+            frames = int(min(file.frames, (max_seconds or math.inf) * file.samplerate))
+            mono = np.zeros(frames, "float32")
+            there = 0
+            for start in range(0, frames, BLOCK):
+                count = min(BLOCK, frames - start)
+                block = file.read(count, dtype="float32", always_2d=True)
+                mono[there : there + len(block)] = block.mean(axis=1)
+                there += len(block)
+            # not to a frame: without a Xing header an MP3's length is a guess
+            if there < 0.98 * frames - 0.1 * file.samplerate:
+                raise ValueError(f"is cut off: {there} of {frames} frames can be decoded")
+            mono = resample(mono[:there], file.samplerate)
+        if not np.isfinite(mono).all():  # looked at last: sums of huge samples overflow
+            raise ValueError("has samples that are not finite")
+        return np.clip(mono, -1, 1)
+    except Exception as error:
+        raise InputError(f"{path}: {first_line(error)}") from None
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    """(n,) at `rate` -> (ceil(n * 16000 / rate),) at 16 kHz: a strided convolution with a row per phase."""
-    if rate == RATE or not len(samples):
-        return samples
-    import torch
+    """(n,) at `rate` -> (ceil(n * 16000 / rate),) at 16 kHz, by cutting or extending the spectrum.
 
-    up, down, offsets, weights = sinc_filter(rate)
-    taps = weights.shape[1]
-    length = math.ceil(len(samples) * RATE / rate)
-    blocks = math.ceil(length / up)  # each gives `up` outputs from `down` inputs
-    after = blocks * down + taps - len(samples)
-    padded = torch.nn.functional.pad(torch.from_numpy(samples), (taps // 2, after))
-    phases = []
-    for rows in torch.arange(up).split(max(1, 2**22 // (down + taps))):  # odd rates have thousands of phases
-        kernel = torch.zeros(len(rows), down + taps)
-        kernel.scatter_(1, offsets[rows, None] + torch.arange(taps), weights[rows])
-        phase = torch.nn.functional.conv1d(padded[None, None], kernel[:, None], stride=down)
-        phases.append(phase[0, :, :blocks])
-    return torch.cat(phases).T.reshape(-1)[:length].numpy()
+    Zeros at both ends keep the transform's wrap-around out. Tones come within -100 dB at any rate, but where
+    one breaks off: what the filter makes of that rings on, with -56 dB for 3.5 kHz at 8 kHz after 60 ms.
+    """
+    if rate == RATE:
+        return samples
+    if len(samples) > max(LONGEST, 8 * rate):  # halves that overlap by two seconds
+        half = len(samples) // 2 // rate
+        first = resample(samples[: (half + 1) * rate], rate)[: half * RATE]
+        second = resample(samples[(half - 1) * rate :], rate)[RATE:]
+        return np.concatenate([first, second])
+    ratio = Fraction(RATE, rate).limit_denominator(2**16)  # exact up to 65 kHz and for usual rates
+    step = ratio.denominator  # so many samples are a whole number at 16 kHz
+    # some such steps: 0.2 s or more, and 1/64 of the clip, so that no large prime slows the transform
+    pad = step << max((rate // (5 * step)).bit_length(), (len(samples) // step).bit_length() - 6)
+    padded = np.pad(samples, (pad, pad + -len(samples) % pad))
+    count = int(len(padded) * ratio)
+    spectrum = np.fft.rfft(padded)[: count // 2 + 1]
+    out = np.fft.irfft(spectrum, count) * float(ratio)
+    start = int(pad * ratio)
+    return out[start : start + math.ceil(len(samples) * RATE / rate)]
 
 
 # -------------------------------------------------------------------------------------- questions of a run
@@ -505,79 +435,58 @@ class Loaded:
     longest_clip: float  # seconds
 
 
-Check = Callable[[list[str]], dict[str, str | float]]  # check_clips, or what shares its work out
-
-
-def load_questions(config: Namespace, check: Check) -> Loaded:
+def load_questions(config: Namespace, check: Callable) -> Loaded:
     """The questions of a run, those left out whose clip has no readable header.
 
-    --hold_out takes questions from the first file, and what has their ids from every file; of --eval_data, a
-    file of its own, at most 200 are taken. Raises InputError.
+    `check` is check_clips, or what shares its work out. --hold_out takes questions from the first file, and
+    what has their ids from every file; of --eval_data, a file of its own, at most 200 are taken. Raises
+    InputError for hidden answers, and where more than a tenth of a file has no clip that can be read.
     """
-    folders = config.audio_dir
+    folders = config.audio_dir or [None]
     if len(folders) == 1:
         folders = folders * len(config.data)
+    sources = list(zip(config.data, folders, strict=True))
+    if config.eval_data:
+        sources.append((config.eval_data, config.eval_audio_dir))
     files = []
     longest = 0.0
-    for path, folder in zip(config.data, folders, strict=True):
-        questions, seconds = usable_questions(path, folder, config, check)
-        files.append(questions)
-        longest = max(longest, seconds)
-    held_out = []
-    if config.hold_out:
-        held_out = in_order_of_ids(files[0])[: config.hold_out]
-        ids = {question.id for question in held_out}
-        for i, questions in enumerate(files):
-            files[i] = [question for question in questions if question.id not in ids]
-            if not files[i]:
-                raise InputError(f"--hold_out {config.hold_out} leaves nothing of {config.data[i]}")
+    for path, folder in sources:
+        questions = read_questions(path, folder)
+        if questions[0].answer is None:
+            raise InputError(f"{path} hides its answers: a benchmark's test set, not to be trained on")
+        found = {}
+        if not config.no_audio:
+            clips = {question.audio for question in questions} - {None}
+            found = check(sorted(clips))
+        good = []
+        bad = []
+        for question in questions:
+            seconds = found.get(question.audio, 0.0)
+            if isinstance(seconds, str):
+                bad.append(f"{question.audio}: {seconds}")
+                continue
+            good.append(question)
+            longest = max(longest, seconds)
+        warn_of("left out", sorted(set(bad)))
+        counts = f"{len(bad)} of {len(questions)} questions have no readable clip"
+        if len(bad) > MOST_BAD * len(questions):
+            raise InputError(f"{path}: {counts} (such as {bad[0]}); check --audio_dir")
+        log.info("%s: %s", path, counts)
+        files.append(good)
+    source = files[0]
+    count = config.hold_out
     if config.eval_data:
-        questions, seconds = usable_questions(config.eval_data, config.eval_audio_dir, config, check)
-        held_out = in_order_of_ids(questions)[:MOST_EVALUATED]
-        longest = max(longest, seconds)
-        learned = {question.id for file in files for question in file}
-        both = sum(question.id in learned for question in held_out)
-        if both:
-            log.warning("%s: %d of its %d are learned from as well", config.eval_data, both, len(held_out))
+        source = files.pop()
+        count = MOST_EVALUATED
+    # in the order of a hash of their ids: as good as random, and the same in every run
+    held_out = sorted(source, key=lambda question: sha256(question.id.encode()))[:count]
+    ids = {question.id for question in held_out}
+    for i, questions in enumerate(files):
+        if config.hold_out:
+            files[i] = [question for question in questions if question.id not in ids]
+        if not files[i]:
+            raise InputError(f"--hold_out {count} leaves nothing of {config.data[i]}")
     return Loaded(files, held_out, longest)
-
-
-def in_order_of_ids(questions: list[Question]) -> list[Question]:
-    """In the order of a hash of their ids: as good as random, and the same in every run."""
-    return sorted(questions, key=lambda question: hashlib.sha256(question.id.encode()).digest())
-
-
-def usable_questions(
-    path: str, folder: str | None, config: Namespace, check: Check
-) -> tuple[list[Question], float]:
-    """A file's questions that can be asked, and the seconds of their longest clip; the others are logged.
-
-    Raises InputError for hidden answers, or more than the share `max_bad` of clips that cannot be read.
-    """
-    questions = read_questions(path, folder, config.max_bad)
-    if questions[0].answer is None:
-        raise InputError(f"{path} hides its answers: a benchmark's test set, not to be trained on")
-    clips = set()
-    if not config.no_audio:
-        clips = {question.audio for question in questions} - {None}
-    reasons = {}
-    longest = 0.0
-    for clip, found in check(sorted(clips)).items():
-        if isinstance(found, str):
-            reasons[clip] = found
-        else:
-            longest = max(longest, found)
-    good = [question for question in questions if question.audio not in reasons]
-    missing = len(questions) - len(good)
-    named = [f"{clip}: {reasons[clip]}" for clip in sorted(reasons)]
-    warn_of("left out", named)
-    if missing > config.max_bad * len(questions) or not good:
-        raise InputError(
-            f"{path}: {missing} of {len(questions)} questions have no readable clip (such as {named[0]}); "
-            f"check --audio_dir, or raise --max_bad (now {config.max_bad})"
-        )
-    log.info("%s: %d questions, %d left out", path, len(good), missing)
-    return good, longest
 
 
 @dataclass(frozen=True)
@@ -591,6 +500,7 @@ class Asked:
     bad: tuple[str, ...]  # why the questions before this one could not be asked
 
 
+@dataclass
 class Questions:
     """A Dataset of what a process is asked: item i is question k = (i mod A) W + rank of step i div A + 1.
 
@@ -599,42 +509,38 @@ class Questions:
     good question of an order that (seed, step, k) decide.
     """
 
-    def __init__(self, files: list, encode: Callable, config: Namespace, *, rank: int, world: int):
-        self.files = files
-        self.encode = encode
-        self.config = config
-        self.rank = rank
-        self.world = world
-        self.each = config.batch // world
-        shares = np.array(config.shares or [1] * len(files), float)
+    files: list[list[Question]]
+    encode: Callable  # (question, use_audio) -> a prompt, or InputError
+    config: Namespace
+    rank: int = field(kw_only=True)
+    world: int = field(kw_only=True)
+
+    def __post_init__(self):
+        config = self.config
+        self.each = config.batch // self.world
+        shares = np.array(config.shares or [1] * len(self.files), float)
         rng = np.random.default_rng([config.seed, 1])
-        self.file_of_step = rng.choice(len(files), size=config.steps, p=shares / shares.sum())
+        self.file_of_step = rng.choice(len(self.files), size=config.steps, p=shares / shares.sum())
 
     def __len__(self) -> int:
         return self.config.steps * self.each
 
-    def candidates(self, step: int, k: int) -> Iterator[Question]:
-        """Question k of the step, from the file's permutation of this epoch; then what may replace it."""
+    def __getitem__(self, i: int) -> Asked:
+        """Of the file's permutation of this epoch; then what may replace it."""
+        step = i // self.each + 1
+        k = i % self.each * self.world + self.rank
         file = self.file_of_step[step - 1]
         questions = self.files[file]
         steps_before = int((self.file_of_step[: step - 1] == file).sum())
         epoch, place = divmod(steps_before * self.config.batch + k, len(questions))
         order = np.random.default_rng([self.config.seed, 2, file, epoch]).permutation(len(questions))
-        yield questions[order[place]]
         others = np.random.default_rng([self.config.seed, 3, step, k]).permutation(len(questions))
-        for index in others:
-            yield questions[index]
-
-    def __getitem__(self, i: int) -> Asked:
-        step = i // self.each + 1
-        k = (i % self.each) * self.world + self.rank
         bad = []
-        for question in self.candidates(step, k):
+        for index in [order[place], *others[:19]]:
+            question = questions[index]
             try:
                 prompt = self.encode(question, not self.config.no_audio)
                 return Asked(step, k, question, prompt, tuple(bad))
             except InputError as error:
                 bad.append(str(error))
-                if len(bad) == 20:
-                    break
         return Asked(step, k, question, None, tuple(bad))

@@ -6,23 +6,21 @@ every choice: Eq. 2 to the letter does, and real weights soon learned to write t
 match is the rule of MMAU's and MMAR's evaluation scripts, token by token, so that our accuracies are theirs.
 """
 
-import importlib.util
 import inspect
-import math
 import re
+import runpy
 from collections.abc import Callable
-from pathlib import Path
 
 from files import InputError
 
-# The form that each of data.PROMPTS asks for; r1-aqa's format reward checks the first.
+# The form of a reply that each of data.PROMPTS asks for; r1-aqa's format reward checks the first.
+ANSWER = r"<answer>.*</answer>"
+THINK = r"<think>.*</think>\s*" + ANSWER
 FORMS = {
-    "answer": r"<answer>.*</answer>",
-    "think": r"<think>.*</think>\s*<answer>.*</answer>",
+    "answer": ANSWER,
+    "think": THINK,
+    "brief": THINK,
 }
-
-
-LARGEST = 1e6  # of a reward: beyond, fp32 advantages lose their digits
 
 
 class RewardError(InputError):
@@ -31,48 +29,60 @@ class RewardError(InputError):
 
 def accuracy_reward(response: str, answer: str, choices: list[str]) -> float:
     """Eq. 2: 1.0 if the response names the right answer and no wrong choice, else 0.0; nothing else."""
-    named = named_choices(response, [*choices, answer])
-    return float(named == [bare(answer)])
+    choices = [*choices, answer]
+    named = named_choices(response, choices)
+    right = named_choices(answer, choices)
+    return float(right != [] and named == right)
 
 
 def contains_reward(response: str, answer: str, choices: list[str]) -> float:
     """Eq. 2 to the letter: 1.0 if the response contains the right answer, whatever else it names."""
-    named = named_choices(response, [*choices, answer])
-    return float(bare(answer) in named)
+    choices = [*choices, answer]
+    named = named_choices(response, choices)
+    right = named_choices(answer, choices)
+    return float(right != [] and right[0] in named)
+
+
+def official_reward(response: str, answer: str, choices: list[str]) -> float:
+    """The benchmarks' own rule: 1.0 where `string_match` counts the response as right."""
+    right = string_match(answer, response, choices)
+    return float(right)
 
 
 def named_choices(response: str, choices: list[str]) -> list[str]:
-    """The distinct choices that stand in the response, as `bare` texts, the longest first.
+    """The distinct choices that stand in the response, normalized, the longest first.
 
-    Case, white space and a choice's own full stop do not matter; a choice inside a longer word, or inside a
-    longer choice that stands there, does not count: "Man and dog" does not name "Man", "Man and dog, or man"
-    names both.
+    Case, white space and punctuation do not matter (but where it alone tells choices apart: A, A#); a choice
+    inside a longer word, or inside a longer choice that stands there, does not count: "Man and dog" does not
+    name "Man", "Man and dog, or man" names both.
     """
-    response = normalize(response)
-    distinct = {bare(choice) for choice in choices}
+    kind = r"\w+"
+    distinct = {normalize(choice, kind) for choice in choices}
+    spelled = {normalize(choice, SPELLED) for choice in choices}
+    if len(distinct) < len(spelled):
+        kind = SPELLED
+        distinct = spelled
+    said = normalize(response, kind)
     distinct.discard("")
     named = []
     for choice in sorted(sorted(distinct), key=len, reverse=True):
-        rest = response
+        rest = said
         for longer in named:
             if choice in longer:
-                rest = whole_words(longer).sub("\n", rest)  # a blank that no choice has in it
-        if whole_words(choice).search(rest):
+                rest = rest.replace(longer, "\n")
+        if choice in rest:
             named.append(choice)
-    return named
+    return [" ".join(choice.split()) for choice in named]
 
 
-def normalize(text: str) -> str:
-    return " ".join(text.casefold().split())
+SPELLED = r"\w+|[^\w\s]"  # words and marks
 
 
-def bare(choice: str) -> str:
-    """What is looked for in a response: "Yes." is named by "yes", "Yes, it is" and "yes!" alike."""
-    return normalize(choice).rstrip(".!?,;: ")
-
-
-def whole_words(text: str) -> re.Pattern:
-    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)")
+def normalize(text: str, kind: str = r"\w+") -> str:
+    """Words of a kind in lower case, each between blanks of its own; what is no word is a blank."""
+    text = text.casefold().rstrip(".!?,;: \n")  # "Yes." is named by "yes"
+    words = re.findall(kind, text)
+    return "".join(f" {word} " for word in words)
 
 
 def string_match(answer: str, prediction: str, choices: list[str]) -> bool:
@@ -92,22 +102,8 @@ def string_match(answer: str, prediction: str, choices: list[str]) -> bool:
 
 
 def tokens(text: str) -> set[str]:
-    return set(re.findall(r"\b\w+\b", text.lower()))
-
-
-def wilson(right: float, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of the share right / total. (A bootstrap of 11 questions covers 68 %.)"""
-    z = 1.959964
-    if not total:
-        return 0.0, 1.0
-    share = right / total
-    spread = z * z / total
-    middle = share + spread / 2
-    variance = share * (1 - share) / total
-    half = z * math.sqrt(variance + spread / (4 * total))
-    low = (middle - half) / (1 + spread)
-    high = (middle + half) / (1 + spread)
-    return max(0.0, low), min(1.0, high)
+    words = re.findall(r"\b\w+\b", text.lower())
+    return set(words)
 
 
 def final_answer(text: str, prompt: str) -> str:
@@ -124,42 +120,37 @@ def format_reward(text: str, prompt: str) -> float:
     if prompt not in FORMS:
         return 0.0
     tags = re.findall(r"</?(?:think|answer)>", text)
-    if len(tags) != len(set(tags)):
-        return 0.0
     whole = re.fullmatch(FORMS[prompt], text.strip(), re.DOTALL)
-    return float(whole is not None)
+    return float(whole is not None and len(tags) == len(set(tags)))
+
+
+REWARDS = {
+    "exact": accuracy_reward,
+    "contains": contains_reward,
+    "official": official_reward,
+}
 
 
 def find_reward(name: str) -> Callable[[str, str, list[str]], float]:
-    """--reward exact, contains or FILE.py:function -> a callable with accuracy_reward's signature.
+    """--reward exact, contains, official or FILE.py:function -> a callable with accuracy_reward's signature.
 
     Raises InputError if there is no such function, and RewardError later if it fails or gives no number.
     """
-    if name == "exact":
-        return accuracy_reward
-    if name == "contains":
-        return contains_reward
+    if name in REWARDS:
+        return REWARDS[name]
     file, _, wanted = name.rpartition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
-        raise InputError(f"--reward {name}: exact, contains, or FILE.py:function of a file that is there")
-    spec = importlib.util.spec_from_file_location("reward_of_the_user", file)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        function = getattr(module, wanted)
+        function = runpy.run_path(file)[wanted]
         inspect.signature(function).bind("response", "answer", ["choice"])
     except (Exception, SystemExit) as error:  # whatever the user's own code raises
-        wrong = f"--reward {name} is no function of (response, answer, choices): {error!r}"
+        wrong = f"--reward {name}: no FILE.py:function of (response, answer, choices): {error!r}"
         raise InputError(wrong) from None
 
     def reward(response: str, answer: str, choices: list[str]) -> float:
         try:
-            value = float(function(response, answer, choices))
+            return float(function(response, answer, choices))
         except Exception as error:
             wrong = f"--reward {name} failed on {response!r:.200}: {error!r}"
             raise RewardError(wrong) from None
-        if not abs(value) < LARGEST:
-            raise RewardError(f"--reward {name} gave {value} for {response!r:.200}")
-        return value
 
     return reward

@@ -49,12 +49,9 @@ def lister(world, tmp_path_factory):
 
 def learn(lister, out, reward):
     """60 steps of GRPO; returns the rows of the log, and the held-out scores before and after."""
-    options = {
-        "model": lister / "model", "data": lister / "arc.jsonl", "steps": 60, "lr": 7e-4, "max_new_tokens": 32, "temperature": 1.0,
-        "hold_out": 100, "eval_every": 20, "reward": reward, "group_size": 8,
-    }  # fmt: skip
-    flat = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    assert train_here(out, *flat, "--no_audio") == 0
+    options = f"--steps 60 --lr 7e-4 --max_new_tokens 32 --temperature 1 --hold_out 100 --eval_every 20 --group_size 8 --reward {reward}"
+    paths = ["--model", str(lister / "model"), "--data", str(lister / "arc.jsonl")]
+    assert train_here(out, *paths, *options.split(), "--no_audio") == 0
     return log(out), [row["eval_accuracy"] for row in scores(out)]
 
 
@@ -71,16 +68,20 @@ def test_a_reward_for_containing_the_answer_teaches_to_list_and_the_default_teac
         caplog.clear()
         rows[reward], held_out[reward] = learn(lister, tmp_path / reward, reward)
         warned = "reward and score part" in caplog.text
-        print(f"\n--reward {reward}: held out {held_out[reward]}, a warning: {warned}")
-        print("steps      reward  official  hedged")
+        print(
+            f"\n--reward {reward}: held out {held_out[reward]}, a warning: {warned}\nsteps      reward  official  hedged"
+        )
         for first in range(0, 60, 10):
             part = rows[reward][first : first + 10]
             values = "  ".join(f"{mean(part, name):8.2f}" for name in ("reward", "official", "hedged"))
             print(f"{first + 1:2} to {first + 10:2}  {values}")
         assert warned == (reward == "contains")
     gamed, honest = rows["contains"], rows["exact"]
-    assert mean(gamed[-10:], "reward") > mean(gamed[:10], "reward") + 0.1
-    assert mean(gamed[-10:], "official") < mean(gamed[:10], "official") - 0.1
-    assert mean(honest[-10:], "reward") > mean(honest[:10], "reward") + 0.1
-    assert mean(honest[-10:], "official") > mean(honest[:10], "official") + 0.1
+    for rows, name, sign in (
+        (gamed, "reward", 1),
+        (gamed, "official", -1),
+        (honest, "reward", 1),
+        (honest, "official", 1),
+    ):
+        assert sign * (mean(rows[-10:], name) - mean(rows[:10], name)) > 0.1
     assert held_out["contains"][-1] < held_out["contains"][0] < held_out["exact"][-1]
