@@ -4,37 +4,36 @@ import contextlib
 import io
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
 import evaluate as evaluation
-from chat_server import ChatServer
+from chat_server import serving
 from conftest import DATA
-from data import clips_in, read_questions
+from data import read_questions
 from files import InputError, one_writer
 from model import load_model
-from predictions import bench_name, parts_of
 from reward import string_match
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def evaluate(*arguments, check=True) -> subprocess.CompletedProcess:
+def evaluate(*arguments, check=True):
     """evaluate.py's main in this process, to save its start."""
     out, err, code = io.StringIO(), io.StringIO(), 0
+    out.reconfigure = lambda **how: None
     logging.getLogger().handlers.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
@@ -45,35 +44,23 @@ def evaluate(*arguments, check=True) -> subprocess.CompletedProcess:
                 code = end.code
     torch.use_deterministic_algorithms(False)
     assert not check or code == 0, err.getvalue()
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+    return types.SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
-def start(arguments, processes=1) -> subprocess.Popen:
-    """evaluate.py as a user would start it, in a process group of its own."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.Popen(
-        [*command, "evaluate.py", *map(str, arguments)], cwd=ROOT, start_new_session=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def options(world, out, **more) -> list:
+def options(world, out, **more):
     values = {"model": world / "model", "data": world / "mmau.json", "audio_dir": world / "audio", "out": out}
     values |= {"max_new_tokens": 8, **more}
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
-def refused(*arguments, says: str) -> None:
+def refused(*arguments, says):
     done = evaluate(*arguments, check=False)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2 and len(errors) == 1 and says in errors[0], done.stderr
-    assert "Traceback" not in done.stderr
+    errors = [line for line in done.err.splitlines() if line.startswith("error:")]
+    assert done.code == 2 and len(errors) == 1 and says in errors[0], done.err
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread():
     """A tiny model's threads wait for each other longer than they compute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -82,18 +69,10 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def mmau(world, tmp_path_factory):
-    """The first half of the tiny MMAU."""
-    path = tmp_path_factory.mktemp("questions") / "mmau.json"
-    path.write_text(json.dumps(json.loads((world / "mmau.json").read_text())[:150]))
-    return path
-
-
-@pytest.fixture(scope="module")
-def whole(world, mmau, tmp_path_factory):
-    """One uninterrupted evaluation of it."""
+def whole(world, tmp_path_factory):
+    """One uninterrupted evaluation of the tiny MMAU."""
     out = tmp_path_factory.mktemp("eval") / "base.json"
-    return out, evaluate(*options(world, out, data=mmau)).stdout
+    return out, evaluate(*options(world, out)).out
 
 
 @pytest.fixture
@@ -108,28 +87,28 @@ def few(world, tmp_path):
     return {"data": tmp_path / "few.json", "audio_dir": tmp_path / "clips"}
 
 
-@contextlib.contextmanager
-def served(**how) -> Iterator[ChatServer]:
-    server = ChatServer(**how)
-    server.ways.remove("hang")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-
-
-def average(text: str) -> float:
+def average(text):
     return float(re.search(r"average +(\S+)", text)[1])
+
+
+def rows_in(out):
+    return json.loads(Path(out).read_text())
+
+
+def about(out):
+    return json.loads(Path(out).with_suffix(".meta").read_text())
 
 
 # --------------------------------------------------------------------------------------------- what is answered
 
 
-def test_the_file_is_the_benchmarks_own_rows_with_the_answers_taken_one_at_a_time(world, mmau, whole):
-    rows, own = json.loads(whole[0].read_text()), json.loads(mmau.read_text())
+def test_the_file_is_the_benchmarks_own_rows_with_the_answers_taken_one_at_a_time(world, whole):
+    rows = rows_in(whole[0])
     keys = ("model_output", "model_prediction")
-    assert [{k: v for k, v in row.items() if k not in keys} for row in rows] == own
+    own = [{k: v for k, v in row.items() if k not in keys} for row in rows]
+    assert own == rows_in(world / "mmau.json")
     lm = load_model(world / "model")
-    for row, question in zip(rows, read_questions(mmau, world / "audio"), strict=True):
+    for row, question in zip(rows, read_questions(world / "mmau.json", world / "audio"), strict=True):
         alone = lm.decode(lm.generate([lm.encode(question)], 8)[0][0])
         assert row["model_prediction"] == row["model_output"] == alone
     right = [string_match(row["answer"], row["model_output"], row["choices"]) for row in rows]
@@ -139,8 +118,8 @@ def test_the_file_is_the_benchmarks_own_rows_with_the_answers_taken_one_at_a_tim
 KILLED = """if True:
     import os, evaluate
     record = evaluate.Evaluation.record
-    def until_20(job, rows, bar):
-        record(job, rows, bar)
+    def until_20(job, answers, bar):
+        record(job, answers, bar)
         if bar.n >= 20:
             os.kill(os.getpid(), 9)
     evaluate.Evaluation.record = until_20
@@ -148,55 +127,65 @@ KILLED = """if True:
 """
 
 
-def test_batch_size_processes_a_kill_and_ctrl_c_change_nothing(world, mmau, whole, tmp_path):
+def test_batch_size_processes_a_kill_and_ctrl_c_change_nothing(world, whole, tmp_path, pair, monkeypatch):
     out = tmp_path / "p.json"
-    arguments = options(world, out, data=mmau, batch_size=4)
-
-    def kept():
-        return sum(len(part.read_text().splitlines()) for part in parts_of(out))
-
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert killed.returncode == -signal.SIGKILL and 20 <= kept() < 150
-    with open(tmp_path / "p.json.part-0", "a") as file:
-        file.write('[7, 0, "half a l')
-    before = kept()
+    arguments = options(world, out, batch_size=4)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], cwd=ROOT, env=environment)
+    assert killed.returncode == -signal.SIGKILL and not out.exists()
+    with open(tmp_path / "p.json.part-0", "a") as file:  # of another model, and half a line
+        file.write(json.dumps({"i": 200, "order": 0, "text": "forged", "why": None, "asked": "else"}))
+        file.write('\n{"i": 7, "order": 0, "text": "half a l')
+    before = (tmp_path / "p.json.part-0").read_text()
 
     record = evaluation.Evaluation.record
 
-    def then_ctrl_c(*rows):
-        record(*rows)
+    def then_ctrl_c(*answers):
+        record(*answers)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(evaluation.Evaluation, "record", then_ctrl_c)
         stopped = evaluate(*arguments, check=False)
-    assert stopped.returncode == 130 and kept() >= before + 4 and not out.exists()
-    assert stopped.stderr.splitlines()[-1].startswith("interrupted: what was answered is kept")
+    assert stopped.code == 130 and stopped.err.splitlines()[-1].startswith("interrupted: what was answered")
+    after = (tmp_path / "p.json.part-0").read_text()
+    assert after.startswith(before) and after.count('"i"') == before.count('"i"') + 4
 
-    together = start(arguments, processes=2)
-    said = together.communicate()[1]
-    assert together.returncode == 0, said
-    assert out.read_text() == whole[0].read_text() and not parts_of(out)
-    refused(*options(world, out, data=mmau, batch_size=5), says="batch_size: 4 -> 5")
+    pair.run("evaluate", *arguments)
+    assert out.read_text() == whole[0].read_text() and not list(tmp_path.glob("*.part-*"))
+    refused(*options(world, out, batch_size=5), says="batch_size: 4 -> 5")
 
 
-def test_audio_none_silence_and_swap_are_what_they_say(world, mmau, whole, tmp_path):
-    found = {"real": average(whole[1])}
-    for audio in ("none", "silence", "swap"):
-        found[audio] = average(
-            evaluate(*options(world, tmp_path / f"{audio}.json", data=mmau, audio=audio)).stdout
-        )
-    assert found["real"] > max(found["none"], found["silence"], found["swap"]) + 10
-    lm, (first, *_) = load_model(world / "model"), read_questions(mmau, world / "audio")
-    silent = lm.encode(first, waveform=np.zeros(16_000, "float32"))
-    said = lm.decode(lm.generate([silent], 8)[0][0])
-    assert said == json.loads((tmp_path / "silence.json").read_text())[0]["model_output"]
-    compared = evaluate("--compare", tmp_path / "none.json", whole[0]).stdout
-    assert f"{found['none']} -> {found['real']}" in compared and "McNemar p" in compared
+def test_nothing_is_forked_and_nothing_goes_through_shared_memory(world, whole, few, tmp_path, monkeypatch):
+    def fail(*arguments, **more):
+        raise AssertionError("a process, or shared memory")
+
+    monkeypatch.setattr(os, "fork", fail)
+    monkeypatch.setattr(multiprocessing.Process, "start", fail)
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", fail)
+    monkeypatch.setattr(torch.UntypedStorage, "share_memory_", fail)
+    evaluate(*options(world, tmp_path / "p.json", **few))
+    assert rows_in(tmp_path / "p.json") == rows_in(whole[0])[:24]
+
+
+def test_audio_none_silence_and_swap_are_what_they_say(world, few, whole, tmp_path):
+    outs = {audio: tmp_path / f"{audio}.json" for audio in ("none", "silence", "swap")}
+    single = options(world, outs["none"], data=world / "mmau.json")
+    evaluate(*single, "--out", *outs.values(), "--audio", *outs)
+    for out in outs.values():
+        right = [string_match(row["answer"], row["model_output"], row["choices"]) for row in rows_in(out)]
+        assert 100 * np.mean(right) + 10 < average(whole[1])
+        assert about(out)["audio"] == out.stem and about(out)["unanswered"] == {}
+    lm, questions = load_model(world / "model"), read_questions(world / "mmau.json", world / "audio")
+    heard = {
+        "none": lm.encode(questions[0], use_audio=False),
+        "silence": lm.encode(questions[0], waveform=np.zeros(16_000, "float32")),
+    }
+    for audio, prompt in heard.items():
+        assert rows_in(outs[audio])[0]["model_output"] == lm.decode(lm.generate([prompt], 8)[0][0])
+    args = types.SimpleNamespace(audio="swap", seed=0, orders=1, batch_size=8)
+    for batch in evaluation.make_batches(questions, args):
+        assert all(asked.clip not in (None, asked.question.audio) for asked in batch)
 
 
 def test_mmar_lines_come_back_as_the_list_that_its_script_reads_with_every_order(world, tmp_path):
@@ -205,90 +194,82 @@ def test_mmar_lines_come_back_as_the_list_that_its_script_reads_with_every_order
     (tmp_path / "mmar.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "run[1].json"
     done = evaluate(*options(world, out, data=tmp_path / "mmar.jsonl", orders=3))
-    answered = json.loads(out.read_text())
+    answered = rows_in(out)
     assert [row["id"] for row in answered] == [row["id"] for row in rows]
-    assert [len(row.get("order_predictions", [])) for row in answered] == [
-        0 if i == 3 else 3 for i in range(16)
-    ]
-    assert all(
-        row["answer_prediction"] == row["order_predictions"][0] for row in answered if row is not answered[3]
-    )
-    assert "same way in all orders" in done.stdout and "n = 15" in done.stdout
-    assert json.loads((tmp_path / "run[1].meta").read_text())["bench"] == "mmar" and not parts_of(out)
+    assert "order_predictions" not in answered.pop(3)
+    for row in answered:
+        assert len(row["order_predictions"]) == 3 and row["answer_prediction"] == row["order_predictions"][0]
+    assert "n = 15" in done.out and about(out)["bench"] == "mmar"
 
 
-def test_several_evaluations_in_one_command_are_those_of_one_each(world, whole, few, tmp_path):
-    outs = [tmp_path / "a.json", tmp_path / "a.txt"]  # of one stem, and yet apart
-    more = ["--out", *outs, "--audio", "real", "none"]
-    done = evaluate(*options(world, outs[0], **few, dtype="bfloat16"), *more)
-    assert done.stdout.count("saved") == 2
-    for out, meta, audio in zip(outs, ("a.meta", "a.txt.meta"), ("real", "none"), strict=True):
-        about = json.loads((tmp_path / meta).read_text())
-        assert about["audio"] == audio and about["dtype"] == "bfloat16" and about["unanswered"] == {}
-        assert all("model_output" in row for row in json.loads(out.read_text()))
-
-
-def test_hidden_answers_are_written_for_the_server_and_not_scored(world, few, tmp_path):
-    rows = [{k: v for k, v in row.items() if k != "answer"} for row in json.loads(few["data"].read_text())]
+def test_only_what_the_model_answered_is_scored_whatever_the_rows_hold(world, few, whole, tmp_path):
+    rows = rows_in(few["data"])
+    for row in rows:
+        row |= dict.fromkeys(evaluation.OURS, row["answer"]) | {"order_predictions": [row["answer"]] * 2}
     few["data"].write_text(json.dumps(rows))
     done = evaluate(*options(world, tmp_path / "p.json", **few))
-    assert "hidden" in done.stdout and json.loads((tmp_path / "p.meta").read_text())["bench"] == "mmau-full"
-    assert all("model_output" in row for row in json.loads((tmp_path / "p.json").read_text()))
-    refused("--score", tmp_path / "p.json", says="no right answers")
+    assert rows_in(tmp_path / "p.json") == rows_in(whole[0])[:24] and average(done.out) < 100
+
+
+def test_hidden_answers_are_written_for_the_server_and_a_runs_own_model_has_its_own_place(
+    world, few, tmp_path
+):
+    rows = rows_in(few["data"])
+    for row in rows:
+        del row["answer"]
+    few["data"].write_text(json.dumps(rows))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model").symlink_to(world / "model")
+    arguments = options(world, "", **few, model=tmp_path / "mine" / "model")
+    done = evaluate(*[word for word in arguments if word not in ("--out", "")])
+    out = tmp_path / "mine" / "eval" / "mmau-full.real.json"
+    assert "hidden" in done.out and about(out)["bench"] == "mmau-full"
+    assert all("model_output" in row for row in rows_in(out))
 
 
 # ------------------------------------------------------------------------------------- what looks finished is
 
 
 def test_missing_clips_stop_it_or_are_asked_again_once_they_are_there(world, few, whole, tmp_path):
-    refused(
-        *options(world, tmp_path / "p.json", **few | {"audio_dir": tmp_path / "none"}),
-        says="24 of 24 questions",
-    )
-    assert not (tmp_path / "p.json").exists() and not parts_of(tmp_path / "p.json")
-    clip = sorted((few["audio_dir"]).iterdir())[5]
+    out = tmp_path / "p.json"
+    refused(*options(world, out, **few | {"audio_dir": tmp_path / "none"}), says="24 of 24 questions")
+    assert not list(tmp_path.glob("p.json*"))
+    clip = sorted(few["audio_dir"].iterdir())[5]
     clip.rename(tmp_path / "away.wav")
-    done = evaluate(*options(world, tmp_path / "p.json", **few))
-    assert "1 of 24 answers are empty" in done.stdout and "no such file" in done.stderr
-    assert list(json.loads((tmp_path / "p.meta").read_text())["unanswered"]) == [clip.stem]
+    done = evaluate(*options(world, out, **few))
+    assert "1 of 24 answers are empty" in done.out and list(about(out)["unanswered"]) == [clip.stem]
     with pytest.MonkeyPatch.context() as patch:  # nothing new to ask: no model is loaded
         patch.setattr(evaluation, "load_model", None)
-        evaluate(*options(world, tmp_path / "p.json", **few))
-    samples, rate = soundfile.read(tmp_path / "away.wav", dtype="int16")
-    soundfile.write(clip.with_suffix(".flac"), samples, rate)  # converted, as the program advises
-    clips_in.cache_clear()
-    evaluate(*options(world, tmp_path / "p.json", **few))
-    assert json.loads((tmp_path / "p.json").read_text()) == json.loads(whole[0].read_text())[:24]
-    assert json.loads((tmp_path / "p.meta").read_text())["unanswered"] == {} and not parts_of(
-        tmp_path / "p.json"
-    )
+        evaluate(*options(world, out, **few))
+    (tmp_path / "away.wav").rename(clip)
+    sys.modules["data"].clips_in.cache_clear()
+    evaluate(*options(world, out, **few))
+    assert rows_in(out) == rows_in(whole[0])[:24] and about(out)["unanswered"] == {}
+    assert not list(tmp_path.glob("*.part-*"))
 
 
 def test_answers_are_those_of_one_model_to_one_set_of_questions(world, few, tmp_path):
-    model = tmp_path / "model"
+    model = tmp_path / "other"
     shutil.copytree(world / "model", model)
     again = options(world, tmp_path / "p.json", **few, model=model)
     evaluate(*again)
     weights = load_file(model / "model.safetensors")
-    for weight in weights.values():
+    for name, weight in weights.items():
         weight.view(-1)[::1000] += 1e-3  # as little as training with bfloat16 changes
+        if name.endswith("norm.weight"):
+            weight.fill_(float("nan"))
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     refused(*again, says="fingerprint: ")
+    refused(*options(world, tmp_path / "nan.json", **few, model=model), says="not finite")
     shutil.copy(world / "model" / "model.safetensors", model)
-    rows = json.loads(few["data"].read_text())
+    rows = rows_in(few["data"])
     rows[0]["question"] += "?"
     few["data"].write_text(json.dumps(rows))
     refused(*again, says="fingerprint: ")
-    (tmp_path / "p.meta").unlink()
-    refused(*again, says="no p.meta says")
-    (tmp_path / "p.json").unlink()
-    (tmp_path / "p.json.part-1").write_text('{"asked": "of another model"}\n[0, 0, "dog", null]\n')
-    refused(*again, says="answers to something else")
-    (tmp_path / "p.json.part-1").write_bytes(b"\xff\x00\n\n")
-    refused(*again, says="damaged")
-    (tmp_path / "p.json.part-1").unlink()
     (tmp_path / "p.meta").write_text("[1, 2")
     refused(*again, says="damaged")
+    (tmp_path / "p.meta").unlink()
+    refused(*again, says="no p.meta says")
 
 
 def test_one_writer(world, few, tmp_path, monkeypatch):
@@ -296,67 +277,25 @@ def test_one_writer(world, few, tmp_path, monkeypatch):
     held = one_writer(tmp_path / ".p.json.lock")
     refused(*options(world, tmp_path / "p.json", **few), says=f"held by process {os.getpid()}")
     held.close()
-    assert not (tmp_path / "p.meta").exists()
 
 
-def test_predictions_that_another_has_changed_are_not_ours(world, few, tmp_path):
-    again = options(world, tmp_path / "p.json", **few)
-    evaluate(*again)
-    text = (tmp_path / "p.json").read_text()
-    (tmp_path / "p.json").write_text(text.replace("model_output", "answer"))
-    refused(*again, says="not what was written here")
-    (tmp_path / "p.json").write_text(text)
-    evaluate(*again)
-
-
-def test_a_model_of_nan_and_a_dead_loader_end_in_one_line(world, few, tmp_path, monkeypatch):
-    shutil.copytree(world / "model", tmp_path / "model")
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    for name in weights:
-        if name.endswith("norm.weight"):
-            weights[name].fill_(float("nan"))
-    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    refused(*options(world, tmp_path / "nan.json", **few, model=tmp_path / "model"), says="not finite")
-    monkeypatch.setattr(evaluation.Batches, "encode", lambda self, asked: os._exit(9))
-    refused(*options(world, tmp_path / "p.json", **few), says="DataLoader worker")
-    assert not (tmp_path / "p.json").exists() and not (tmp_path / "nan.json").exists()
-
-
-REFUSED = {  # what is wrong -> what is said, and the arguments
-    "of another benchmark": ("not of the same questions", "--compare", "{whole}", "{mmar}"),
-    "without predictions": ("without predictions", "--score", "{mmau}"),
-    "missing": ("nothing.json", "--score", "nothing.json"),
-    "no model": ("no/such", "--model", "no/such", "--data", "{mmau}", "--out", "{out}"),
-    "no out": ("--out is needed", "--model", "m", "--data", "{mmau}"),
-    "nothing to report": ("no predictions", "--report", "{empty}"),
-    "a file of another's": ("exists", "{run}", "--out", "{other}"),
-    "its own questions": ("exists", "{run}", "--out", "{mmau}"),
-    "twice the same": ("twice", "{run}", "--out", "{out}", "{out}"),
-    "one for two": ("2 for 1", "{run}", "--audio", "real", "none"),
-    "no batch": ("--batch_size 0", "{run}", "--batch_size", "0"),
-    "no such seed": ("--seed -1", "{run}", "--seed", "-1"),
-    "no share": ("--max_bad nan", "{run}", "--max_bad", "nan"),
-    "no adapter": ("nowhere", "{run}", "--adapter", "nowhere"),
-    "adapter of a server": ("--adapter", "{run}", "--url", "http://127.0.0.1:1/v1", "--adapter", "{empty}"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_input_is_one_line_and_exit_code_2(world, whole, tmp_path, name):
-    (tmp_path / "empty").mkdir()
+def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path):
     (tmp_path / "other.json").write_text("[]")
-    rows = [json.loads(line) for line in (world / "mmar.jsonl").read_text().splitlines()]
-    (tmp_path / "mmar.json").write_text(json.dumps([row | {"answer_prediction": "dog"} for row in rows]))
-    paths = {"whole": whole[0], "mmar": tmp_path / "mmar.json", "mmau": world / "mmau.json", "run": "--model",
-             "out": tmp_path / "o.json", "empty": tmp_path / "empty", "other": tmp_path / "other.json"}  # fmt: skip
-    says, *parts = REFUSED[name]
-    arguments = [part.format(**paths) for part in parts]
-    if parts[0] == "{run}":
-        arguments = [*options(world, tmp_path / "o.json"), *arguments[1:]]
-    before = (world / "mmau.json").read_bytes()
-    refused(*arguments, says=says)
-    assert (world / "mmau.json").read_bytes() == before and (tmp_path / "other.json").read_text() == "[]"
-    assert not (tmp_path / "o.json").exists()
+    run = options(world, tmp_path / "o.json")
+    for says, more in {
+        "no/such": ["--model", "no/such"],
+        "exists, and no": ["--out", tmp_path / "other.json"],
+        "mmau.meta says": ["--out", world / "mmau.json"],
+        "twice": ["--out", tmp_path / "a.json", tmp_path / "a.json"],
+        "2 for 3": ["--audio", "real", "none", "--data", *[world / "mmau.json"] * 3],
+        "--batch_size 0": ["--batch_size", "0"],
+        "--seed -1": ["--seed", "-1"],
+        "nowhere": ["--adapter", "nowhere"],
+        "needs a checkpoint": ["--url", "http://127.0.0.1:1/v1", "--adapter", tmp_path],
+    }.items():
+        refused(*run, *more, says=says)
+    refused("--model", world / "nothing", "--data", world / "mmau.json", says="nothing")
+    assert not (tmp_path / "o.json").exists() and (tmp_path / "other.json").read_text() == "[]"
 
 
 def test_mmaus_version_is_told_by_its_questions():
@@ -366,101 +305,77 @@ def test_mmaus_version_is_told_by_its_questions():
     names = ["mmau-mini", "mmau-mini-v2"]
     original, revised = map(read_questions, files)
     for questions, name, other in zip((original, revised), names, names[::-1], strict=True):
-        assert (
-            bench_name(questions, None)
-            == bench_name(questions[:200], None)
-            == bench_name(questions, name)
-            == name
-        )
-        assert bench_name(questions, "mine") == "mine"
-        with pytest.raises(InputError, match=f"--bench {other}: by their text these questions are {name}"):
-            bench_name(questions, other)
-    with pytest.raises(InputError, match="neither"):
-        bench_name(original[:500] + revised[500:], None)
+        for part in (questions, questions[:200], questions[700:]):
+            assert evaluation.bench_name(part, None) == evaluation.bench_name(part, name) == name
+        assert evaluation.bench_name(questions, "mine") == "mine"
+        with pytest.raises(InputError, match=f"these questions are {name}: another --bench"):
+            evaluation.bench_name(questions, other)
+    with pytest.raises(InputError, match="mmau-mini and mmau-mini-v2"):
+        evaluation.bench_name(original[:500] + revised[500:], None)
     with pytest.raises(InputError, match="give --bench mmau-mini or"):
-        bench_name(revised[100:300], None)
+        evaluation.bench_name(revised[100:300], None)
 
 
 # ------------------------------------------------------------------------------------------- behind an endpoint
 
 
-@pytest.mark.parametrize("fail", [0.0, 0.3])
-def test_a_model_behind_a_chat_endpoint_fills_its_rows(world, few, tmp_path, monkeypatch, fail):
+def test_a_model_behind_an_endpoint_fills_its_rows_and_no_secret_is_written(
+    world, few, tmp_path, monkeypatch
+):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-secret-secret")
-    with served(fail=fail) as server:
-        done = evaluate(*options(world, tmp_path / "p.json", **few, url=server.url, model="gpt"))
-    rows = json.loads((tmp_path / "p.json").read_text())
-    assert all(row["model_prediction"] in row["choices"] for row in rows) and "average" in done.stdout
+    with serving() as serve:
+        server = serve(fail=0.3, hears=False)
+        server.ways.remove("hang")
+        url = f"{server.url}?key=sk-secret-in-the-url"
+        again = options(world, tmp_path / "p.json", **few, url=url, model="gpt")
+        done = evaluate(*again)
+        assert about(tmp_path / "p.json")["url"] == server.url and "does it hear?" in done.err
+        moved = evaluate(*again, "--seed", "1", check=False)
+    assert all(row["model_prediction"] in row["choices"] for row in rows_in(tmp_path / "p.json"))
     audio = server.requests[0][2]["messages"][0]["content"][0]["input_audio"]
     assert audio["format"] == "wav" and len(audio["data"]) > 10_000
-    written = [path.read_text() for path in tmp_path.glob("*.*") if path.is_file()]
-    assert "sk-secret" not in done.stdout + done.stderr + "".join(written)
-    assert "does it hear" not in done.stderr
+    said = [done.out, done.err, moved.err, *(p.read_text() for p in tmp_path.glob("**/*.[jm]*[!g]"))]
+    assert moved.code == 2 and len(said) >= 5 and "sk-secret" not in "".join(said)
 
 
-def test_a_server_that_does_not_hear_is_named(world, few, tmp_path):
-    with served(hears=False) as server:
-        done = evaluate(*options(world, tmp_path / "p.json", **few, url=server.url, model="gpt"))
-    assert "does it hear?" in done.stderr
-
-
-def test_empty_answers_are_none(world, few, tmp_path):
-    with served() as server:
-        server.always = (200, {"choices": [{"message": {"content": None}}], "usage": {}}, {})
-        again = options(world, tmp_path / "p.json", **few, url=server.url, model="gpt")
+def test_a_server_that_refuses_gives_no_result_and_costs_no_answer_twice(world, few, tmp_path, monkeypatch):
+    with serving() as serve:
+        server = serve()
+        empty = {"choices": [{"message": {"content": None}}], "usage": {}}
+        server.always = (200, empty, {})
+        again = options(world, tmp_path / "p.json", **few, url=server.url, model="gpt", batch_size=2)
         refused(*again, says="24 of 24 questions have no answer")
         server.always = None
-        evaluate(*again)
-    assert json.loads((tmp_path / "p.meta").read_text())["unanswered"] == {}
-
-
-def test_a_server_that_refuses_gives_no_result_and_costs_no_answer_twice(world, few, tmp_path):
-    with served() as server:
-        again = options(world, tmp_path / "p.json", **few, url=server.url, model="gpt", batch_size=2)
-        asked = []
+        answered = []
         record = evaluation.Evaluation.record
 
-        def counted(job, rows, bar):
-            asked.extend(row for row in rows if not row[2])
-            record(job, rows, bar)
-            if len(asked) >= 9:
+        def counted(job, answers, bar):
+            answered.extend(answer for answer in answers if not answer[2])
+            record(job, answers, bar)
+            if len(answered) >= 9:
                 server.always = (400, {"error": {"message": "no such thing"}}, {})
 
-        with pytest.MonkeyPatch.context() as patch:
+        with monkeypatch.context() as patch:
             patch.setattr(evaluation.Evaluation, "record", counted)
             refused(*again, says="in a row")
-        assert not (tmp_path / "p.json").exists()
+        assert not (tmp_path / "p.json").exists() and len(answered) >= 9
         server.always = None
         before = len(server.requests)
         evaluate(*again)
-        assert (
-            len(server.requests) - before == 24 - len(asked) + 1 and len(asked) >= 9
-        )  # and one without its clip
+    assert len(server.requests) - before == 24 - len(answered) + 1  # and one without its clip
+    assert about(tmp_path / "p.json")["unanswered"] == {}
 
 
 def test_the_answer_is_taken_from_the_form_that_the_prompt_asks_for(world, few, tmp_path):
-    def think(text):
-        return f"<think>It is no {text['wrong']}.</think><answer>{text['right']}</answer>"
-
-    rows = json.loads(few["data"].read_text())
-    rows = [row for row in rows if row["choices"] == rows[0]["choices"]][:1] or rows[:1]
-    few["data"].write_text(json.dumps(rows))
-    right = rows[0]["answer"]
-    wrong = next(choice for choice in rows[0]["choices"] if choice != right)
-    said = think({"right": right, "wrong": wrong})
-    with served() as server:
-        server.always = (200, server_reply(said), {})
-        done = evaluate(
-            *options(world, tmp_path / "p.json", **few, url=server.url, model="gpt", prompt="think")
-        )
-    (row,) = json.loads((tmp_path / "p.json").read_text())
-    assert row["model_output"] == row["model_prediction"] == right and row["raw_output"] == said
-    assert (
-        average(done.stdout) == 100.0 and json.loads((tmp_path / "p.meta").read_text())["prompt"] == "think"
-    )
+    row = rows_in(few["data"])[0]
+    few["data"].write_text(json.dumps([row]))
+    wrong = next(choice for choice in row["choices"] if choice != row["answer"])
+    said = f"<think>It is no {wrong}.</think><answer>{row['answer']}</answer>"
+    with serving() as serve:
+        server = serve(always=(200, {"choices": [{"message": {"content": said}}]}, {}))
+        arguments = options(world, tmp_path / "p.json", **few, url=server.url, model="gpt", prompt="think")
+        done = evaluate(*arguments)
+    (answered,) = rows_in(tmp_path / "p.json")
+    assert answered["model_output"] == answered["model_prediction"] == row["answer"]
+    assert answered["raw_output"] == said and average(done.out) == 100.0
     assert "<think>" in server.requests[0][2]["messages"][0]["content"][-1]["text"]
-
-
-def server_reply(text):
-    usage = {"prompt_tokens": 9, "completion_tokens": 9}
-    return {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}
