@@ -7,12 +7,12 @@ servers do: cut a connection, be busy, send a part of a file as if it were the w
 """
 
 import argparse
+import csv
 import hashlib
 import json
 import random
 import shutil
 import tarfile
-import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -102,20 +102,15 @@ def publish_vggsound(world: Path, repo: Path, shards: int = 3) -> None:
 
 def publish_captions(world: Path, repo: Path) -> None:
     """Two tables, to be joined by id."""
-    import csv
-
     with open(world / "captions.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    tables = {"caption": ["id", "caption"], "Qwen-Audio_Q&A": ["id"]}
+    heard = ["id"]
     for i in (1, 2, 3):
-        tables["Qwen-Audio_Q&A"] += [f"question_{i}", f"answer_{i}"]
-    names = {
-        "caption": "VGGSound_AudioSetCaps_caption.csv",
-        "Qwen-Audio_Q&A": "VGGSound_Qwen-Audio_Q&A.csv",
-    }
+        heard += [f"question_{i}", f"answer_{i}"]
+    tables = {"AudioSetCaps_caption": ["id", "caption"], "Qwen-Audio_Q&A": heard}
     (repo / "Dataset").mkdir(parents=True)
     for table, columns in tables.items():
-        with open(repo / "Dataset" / names[table], "w", newline="", encoding="utf-8") as file:
+        with open(repo / f"Dataset/VGGSound_{table}.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             for row in rows:
@@ -248,15 +243,12 @@ class Handler(BaseHTTPRequestHandler):
         if not folder.is_dir():
             self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
             return
-        files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+        files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         if tree:
-            body = [
-                {"type": "file", "path": f, "size": size, "oid": "0" * 40}
-                for f, size in sorted(files.items())
-            ]
+            body = [{"type": "file", "path": f, "size": None, "oid": "0" * 40} for f in files]
         else:
-            listed = [{"rfilename": f, "size": size} for f, size in sorted(files.items())]
-            body = {"id": repo, "sha": COMMIT, "private": False, "tags": [], "siblings": listed}
+            listed = [{"rfilename": f} for f in files]  # a size may be null or absent at the hub
+            body = {"id": repo, "sha": COMMIT, "siblings": listed}
         self.reply(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
     def send_file(self, kind: str, repo: str, name: str) -> None:
@@ -287,8 +279,6 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(503, b"busy")
         elif way == "error":
             self.reply(500, b"<html>oops</html>")
-        elif way == "stall":
-            time.sleep(60)
         elif way == "part":  # a proxy that gives a part for the whole
             self.reply(200, half, headers)
         else:
@@ -313,12 +303,12 @@ class Hub(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, root: Path, fail: float = 0.0, seed: int = 0):
+    def __init__(self, root: Path):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root = root
-        self.fail = fail  # share of the downloads that fail
+        self.fail = 0.0  # share of the downloads that fail
         self.ways = ["busy", "error", "part", "cut"]
-        self.random = random.Random(seed)
+        self.random = random.Random(0)
         self.asked: list[str] = []  # the file of every GET
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -334,13 +324,12 @@ if __name__ == "__main__":
     add("--worlds", nargs="+", type=Path, required=True, help="worlds as tests/tiny.py makes them")
     add("--root", type=Path, required=True, help="folder of the repositories, made from the worlds if absent")
     add("--port_file", type=Path, required=True, help="file to write the URL to, once it listens")
-    add("--fail", type=float, default=0.0, help="share of the downloads that fail (%(default)s)")
     args = parser.parse_args()
     if not args.root.exists():
         scratch = args.root.with_name(args.root.name + ".writing")
         shutil.rmtree(scratch, ignore_errors=True)
         publish(args.worlds, scratch)
         scratch.rename(args.root)
-    server = Hub(args.root, args.fail)
+    server = Hub(args.root)
     args.port_file.write_text(server.url)
     server.serve_forever()
