@@ -5,62 +5,34 @@ master shards that AdamW steps on (a bf16 weight of ordinary size cannot take a 
 compute. All processes call the same groups in the same order, or their collectives would pair up wrongly.
 """
 
-import atexit
 import contextlib
 import ctypes
 import functools
-import hashlib
 import json
 import logging
-import multiprocessing
-import multiprocessing.util
 import os
 import shutil
 import signal
-import sys
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from files import InputError, one_writer, parse_json, read_text, write_text
 
-PARENT = os.getppid()  # whose death ends this process; 1 where that is a container's only other process
-
-
-def end_with_parent(parent: int = PARENT) -> None:
-    """Ask Linux to kill this process when its parent dies: a torchrun that was killed leaves no writer."""
+if "RANK" in os.environ:  # torchrun's: Linux kills this process when torchrun dies, which leaves no writer
     with contextlib.suppress(OSError, AttributeError):  # elsewhere the lock on --out alone must do
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)  # it died before
-
-
-def is_orphan() -> bool:
-    """Whether torchrun died before PARENT was read: process 1 has adopted this one, and is no Python."""
-    if PARENT != 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return False
-    try:
-        program = Path("/proc/1/cmdline").read_bytes().split(b"\0")[0]
-    except OSError:
-        return False
-    return b"python" not in program
-
-
-if "RANK" in os.environ:  # torchrun's; before torch, whose import takes seconds
-    if is_orphan():
-        os._exit(1)
-    end_with_parent()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 # What torch, its allocators and cuBLAS read when they are loaded.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers are forked
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
-# Pinned blocks are rounded up to powers of two unless they are larger than this: 178 GiB instead of 126 for
-# the 7B offloaded from one GPU. It joins what the user has set, under the older name if that is the one.
-ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF" if "PYTORCH_CUDA_ALLOC_CONF" in os.environ else "PYTORCH_ALLOC_CONF"
-if "pinned_max_round_threshold_mb" not in os.environ.get(ALLOCATOR, ""):
-    os.environ[ALLOCATOR] = f"{os.environ.get(ALLOCATOR, '')},pinned_max_round_threshold_mb:1".strip(",")
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
+    # Nearly every shape is new, and pinned blocks are rounded up to powers of two unless they are larger than
+    # the threshold: 178 GiB instead of 126 for the 7B offloaded from one GPU.
+    allocator = "expandable_segments:True,pinned_max_round_threshold_mb:1"
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", allocator)
 
 import torch
 import torch.distributed as dist
@@ -82,25 +54,61 @@ def start_processes(minutes: float = 30) -> tuple[int, int, torch.device]:
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
-    launched = "RANK" in os.environ
     device = torch.device("cpu")
     backend = "gloo"
     found = torch.accelerator.current_accelerator(check_available=True)
-    if found is not None and found.type != "mps":  # Apple's has no collectives for FSDP2: there it is the CPU
-        if local >= torch.accelerator.device_count():
-            count = torch.accelerator.device_count()
+    if found is None:
+        check_driver()
+    elif found.type != "mps":  # Apple's has no collectives for FSDP2: there it is the CPU
+        count = torch.accelerator.device_count()
+        if local >= count:
             raise InputError(f"--nproc_per_node is more than the {count} GPUs here")
         torch.accelerator.set_device_index(local)
         device = torch.device(found.type, local)
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         # torchrun sets OMP_NUM_THREADS=1, but an optimizer in host memory wants this process's share of cores
         on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, os.cpu_count() // on_this_node))
-    store = None if launched else dist.HashStore()
+        torch.set_num_threads(max(1, cores() // on_this_node))
+    store = None
+    if "RANK" not in os.environ:
+        store = dist.HashStore()
     limit = timedelta(minutes=minutes)  # a hung collective ends the run
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     be_deterministic()
     return rank, world, device
+
+
+def cores() -> int:
+    """That this process may use: a container's or a scheduler's share."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def check_driver(root: Path = Path("/")) -> None:
+    """InputError where a GPU is that torch cannot use: a 7B would be trained on the CPU without a word."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if hidden or not (root / "dev/nvidia0").exists():
+        return
+    driver = "not known"
+    with contextlib.suppress(OSError):
+        driver = (root / "proc/driver/nvidia/version").read_text().split("\n")[0]
+    build = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
+    raise InputError(
+        f"{build} cannot use the GPU here; driver: {driver}. Install a newer driver, or torch's build for an "
+        "older one (README); CUDA_VISIBLE_DEVICES= runs on the CPU"
+    )
+
+
+def make_mesh(device: torch.device, replicas: int, minutes: float = 30) -> DeviceMesh:
+    """All processes: (replicas, the rest), or 1-D where the shards have no copies."""
+    shape = (replicas, dist.get_world_size() // replicas)
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():  # torch gives them limits of its own
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+    if replicas == 1:
+        return mesh["shard"]
+    return mesh
 
 
 def be_deterministic() -> None:
@@ -114,33 +122,6 @@ def be_deterministic() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def loader_options(workers: int) -> dict[str, Any]:
-    """What a DataLoader with so many processes takes. Forked on Linux, they share what is loaded."""
-    if not workers:
-        return {}
-    context = None  # the system's own
-    if sys.platform == "linux":
-        context = "fork"  # from Python 3.14 on it would be a server, whose death is not ours
-    return {"num_workers": workers, "multiprocessing_context": context, "worker_init_fn": ignore_signals}
-
-
-def ignore_signals(worker: int) -> None:
-    """DataLoader workers end with their parent, not with the terminal's Ctrl-C or the scheduler's SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    end_with_parent(multiprocessing.parent_process().pid)
-
-
-def end_workers() -> None:
-    """At exit: multiprocessing would end the workers by SIGTERM, and wait for ever for who ignores it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader raises for each that dies
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-atexit.register(end_workers)  # before multiprocessing's own, which was registered earlier
-
-
 class Stop:
     """Remembers SIGTERM and SIGINT: a run ends between steps, where all processes agree."""
 
@@ -150,19 +131,16 @@ class Stop:
         self.signal = number
 
 
-def hold(out: Path) -> list:
-    """Be the one run that writes to `out`. Collective. Keep what this returns until the process ends.
+def hold(out: Path) -> IO | None:
+    """Be the one run that writes to `out`; rank 0 has its lock for as long as what this returns is kept.
 
-    Rank 0 has the folder to itself; it also waits until the processes of a run before it, which may outlive
-    their rank 0 by a moment, are gone. Raises InputError that names the holder.
+    Collective. Raises InputError that names the holder.
     """
-    held = []
+    held = None
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        held.append(one_writer(out / ".lock"))
-        one_writer(out / ".processes").close()
+        held = one_writer(out / ".lock")
     dist.barrier()
-    held.append(one_writer(out / ".processes", shared=True))
     return held
 
 
@@ -273,27 +251,90 @@ def checkpoint_activations(lm: nn.Module) -> None:
         )
 
 
+def make_optimizer(parameters: list[nn.Parameter], lr: float, host: bool = False) -> torch.optim.AdamW:
+    """AdamW without weight decay, its state there from the start, so that all of it is saved.
+
+    `host`: the moments lie in host memory, pinned where there is a GPU.
+    """
+    kind = HostMomentsAdamW if host else torch.optim.AdamW
+    optimizer = kind(parameters, lr, weight_decay=0.0, fused=True)
+    for p in parameters:
+        state = optimizer.state[p]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(p)
+            if host:
+                state[name] = state[name].cpu()
+            if host and p.is_cuda:
+                state[name]._local_tensor = state[name]._local_tensor.pin_memory()
+    return optimizer
+
+
 class HostMomentsAdamW(torch.optim.AdamW):
-    """AdamW whose two moments lie in host memory and visit the device one parameter at a time."""
+    """AdamW whose moments lie in host memory and visit the device, two parameters' at a time.
+
+    On a GPU one stream copies: the next parameter's moments come while this one's step is computed. They are
+    allocated on that stream and last used there, so that a block is free for the next when it is dropped.
+    """
+
+    copies = None  # the stream; None on a CPU, where it is no stream
 
     @torch.no_grad()
     def step(self) -> None:
         (group,) = self.param_groups
         beta1, beta2 = group["betas"]
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            weight = local(p)
-            hosts = [local(state["exp_avg"]), local(state["exp_avg_sq"])]
-            moments = [host.to(weight.device, non_blocking=True) for host in hosts]
+        learning = [p for p in group["params"] if p.grad is not None]
+        main = None
+        if learning and learning[0].is_cuda:
+            main = torch.cuda.current_stream()
+            self.copies = self.copies or torch.cuda.Stream()
+        ahead = self.fetch(learning[:1])
+        for i, p in enumerate(learning):
+            moments = ahead
+            if main:
+                main.wait_stream(self.copies)
+            ahead = self.fetch(learning[i + 1 : i + 2])
             adamw(
-                [weight], [local(p.grad)], [moments[0]], [moments[1]], [], [state["step"]], fused=True,
-                amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-                eps=group["eps"], maximize=False,
+                [local(p)], [local(p.grad)], [moments[0]], [moments[1]], [], [self.state[p]["step"]],
+                fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+                weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             )  # fmt: skip
-            for host, moment in zip(hosts, moments, strict=True):
-                host.copy_(moment)
+            if main:
+                self.copies.wait_stream(main)
+            with torch.cuda.stream(self.copies):
+                for host, moment in zip(self.hosts(p), moments, strict=True):
+                    host.copy_(moment, non_blocking=True)
+        if main:
+            self.copies.synchronize()  # a checkpoint reads them from the host
+
+    def hosts(self, p: nn.Parameter) -> list[Tensor]:
+        return [local(self.state[p]["exp_avg"]), local(self.state[p]["exp_avg_sq"])]
+
+    def fetch(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """The moments of one parameter, or of none, on its device."""
+        moments = []
+        with torch.cuda.stream(self.copies):
+            for p in parameters:
+                for host in self.hosts(p):
+                    moments.append(host.to(p.device, non_blocking=True))
+        return moments
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], most: float) -> float:
+    """Scale the gradients in place to a norm of at most `most`; returns the norm that they had.
+
+    torch's clip_grad_norm_ on this process's shards: the dispatch of hundreds of DTensors would cost more.
+    """
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    mesh = getattr(parameters[0], "device_mesh", None)
+    if mesh is not None and mesh.size(mesh.ndim - 1) > 1:
+        squared = norm**2
+        dist.all_reduce(squared, group=mesh.get_group(mesh.ndim - 1))
+        norm = squared.sqrt()
+    torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+    return norm.item()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -323,7 +364,7 @@ def save_checkpoint(
     """Write checkpoints/step-N beside its name, rename it, keep the last `keep` up to it. Collective.
 
     `tensors` (shards or whole) go through torch.distributed.checkpoint, so any number of processes can load
-    them; `about` goes into run.json, with the hash of every file; `files` (log and samples) are copied along.
+    them; `about` goes into run.json, with the size of every file; `files` (log and samples) are copied along.
     """
     folder = out / "checkpoints" / f"step-{step:06d}"
     scratch = folder.with_name("writing")
@@ -338,16 +379,18 @@ def save_checkpoint(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.save(tensors, checkpoint_id=scratch)
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(scratch, thread_count=4))
     except CheckpointException as error:
         why = next(iter(error.failures.values()))[0]
         raise InputError(
             f"the checkpoint of step {step} cannot be written ({why}); the last is intact"
         ) from None
-    hashes = hash_files(scratch)
     if first:
-        about = {**about, "files": hashes}
-        write_text(scratch / "run.json", json.dumps({**about, "sha256": hash_of(about)}, indent=1))
+        sizes = {}
+        for path in scratch.iterdir():
+            sync(path)
+            sizes[path.name] = path.stat().st_size
+        write_text(scratch / "run.json", json.dumps({**about, "files": sizes}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
         for path in (folder / "run.json", folder, folder.parent):
@@ -368,50 +411,19 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
         raise InputError(f"{folder} cannot be loaded: {why}") from None
 
 
-def newest_intact(out: Path) -> Path | None:
-    """The newest checkpoint whose files are what was written, those that are not named. Collective."""
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint whose files have the sizes that were written; the damaged ones are named."""
     for folder in reversed(checkpoints(out)):
-        wrong = damage(folder)
+        try:
+            sizes = parse_json(read_text(folder / "run.json"))["files"]
+            wrong = [name for name in sizes if (folder / name).stat().st_size != sizes[name]]
+        except (InputError, OSError, ValueError, KeyError, TypeError):
+            wrong = ["run.json, or what it names"]
         if not wrong:
             return folder
-        if dist.get_rank() == 0:
-            log.warning("%s is damaged (%s): going on from the one before, if any", folder, wrong)
-    if checkpoints(out) and dist.get_rank() == 0:
-        log.warning("%s: no checkpoint is whole: starting over from step 0", out)
+        if os.environ.get("RANK", "0") == "0":
+            log.warning("%s is damaged (%s): the one before is taken, if any", folder, ", ".join(wrong))
     return None
-
-
-def damage(folder: Path) -> str:
-    """What in a checkpoint differs from what was written, or nothing. Collective."""
-    hashes = hash_files(folder)
-    try:
-        about = parse_json(read_text(folder / "run.json"))
-        sealed = about.pop("sha256")
-        written = about["files"]
-        if sealed != hash_of(about):
-            return "run.json"
-        wrong = [name for name in written if hashes.get(name) != written[name]]
-    except (InputError, ValueError, KeyError, TypeError, AttributeError):
-        return "run.json"
-    return ", ".join(wrong)
-
-
-def hash_files(folder: Path) -> dict[str, str]:
-    """name -> SHA-256 of the folder's files but run.json, each on the disk; shared over the processes."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != "run.json")
-    mine = {}
-    for name in names[dist.get_rank() :: dist.get_world_size()]:
-        sync(folder / name)
-        with open(folder / name, "rb") as file:
-            mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    hashes = {}
-    for part in gather_objects(mine):
-        hashes.update(part)
-    return hashes
-
-
-def hash_of(about: dict) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:

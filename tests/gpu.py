@@ -1,13 +1,14 @@
 """What a person with a GPU runs first: do the laws hold there, and does a step take what the plan says?
 
-    bash run.sh test gpu                        # python tests/gpu.py, in under 10 minutes; writes results/gpu.md
+    bash run.sh test gpu               # python tests/gpu.py, in under 10 minutes; writes results/gpu.md
     python tests/gpu.py --size tiny             # all of it on a CPU (tests/test_gpu.py)
 
 Nothing is downloaded: the checkpoints have the dimensions of Qwen2.5-Omni-3B and, where it fits, 7B, random
 weights and the tiny world's tokenizer. Three parts, on all GPUs of this machine, in bf16:
 
 1. Laws, on the tiny world: the KL of step 1 is 0, and a run killed by SIGKILL is the uninterrupted one bit for bit.
-2. Every kind of layout that the plan says fits: the peak of a step and its seconds, measured and planned.
+2. Four layouts: nothing given up, recomputed and offloaded, moments in host memory, LoRA: KL, loss and gradient
+   norm of step 1, the peak of a step, the seconds of a step and of a checkpoint.
 3. Our step against the published style's (tests/bench.py), a question each.
 
 The file is written after each part: what one breaks does not take the others with it.
@@ -41,7 +42,6 @@ import fsdp
 import tiny
 from data import load_questions
 from files import InputError
-from plan import choose_plan
 from train import Run, check_clips_together, parse, set_batch
 from weights import OMNI, empty_model, hub_name
 
@@ -180,26 +180,18 @@ def verdict(holds: bool) -> str:
 # ---------------------------------------------------------------------------------------------- the layouts
 
 
-def layouts_that_fit(options: list[str], gpus: int, device: torch.device) -> list[list[str]]:
-    """Options of every kind of layout that the plan says fits, the fastest first."""
-    config = parse(options)
-    model = empty_model(Path(config.model))
-    plan = choose_plan(model, gpus, torch.bfloat16, config, device, CLIP_SECONDS)
-    found = {}
-    for other in sorted(plan.others, key=lambda one: one.step_seconds()):
-        if not other.why_not():
-            layout = other.layout
-            offload = "on" if layout.offload == "all" else layout.offload
-            pinned = ("--reshard", layout.reshard, "--checkpointing", layout.checkpointing)
-            words = ["on" if word is True else "off" if word is False else word for word in pinned]
-            found[(*words, "--cpu_offload", offload)] = None
-    return [list(words) for words in found]
+LAYOUTS = [
+    ["--reshard", "off", "--checkpointing", "off", "--cpu_offload", "off"],
+    ["--reshard", "on", "--checkpointing", "on", "--cpu_offload", "on"],
+    ["--checkpointing", "on", "--cpu_offload", "moments"],
+    ["--lora", "64", "--checkpointing", "on"],
+]
 
 
-def measure(options: list[str], layouts: list[list[str]], gpus: int, out: Path, minutes: float) -> list[dict]:
+def measure(options: list[str], gpus: int, out: Path, minutes: float) -> list[dict]:
     """The found rows of `worker`, which all processes run."""
     spec = out.with_suffix(".spec")
-    spec.write_text(json.dumps({"options": options, "layouts": layouts, "until": time.time() + 60 * minutes}))
+    spec.write_text(json.dumps({"options": options, "until": time.time() + 60 * minutes}))
     out.write_text("")
     try:
         finish(python(gpus, __file__, "--worker", spec), 60 * minutes + 120)  # the last begun may end
@@ -213,7 +205,7 @@ def worker(spec: Path) -> None:
     """One process of `measure`: a few steps under each layout, a line of JSON for each."""
     told = json.loads(spec.read_text())
     rank, world, device = fsdp.start_processes()
-    for i, layout in enumerate(told["layouts"]):
+    for i, layout in enumerate(LAYOUTS):
         late = fsdp.gather_objects(time.time() > told["until"])
         if i and any(late):  # one is measured in any case
             break
@@ -242,19 +234,31 @@ def run_steps(config: argparse.Namespace, rank: int, world: int, device: torch.d
         config, rank=rank, world=world, device=device, loaded=load_questions(config, check_clips_together)
     )
     batches = run.batches()
-    seconds = []
+    rows = []
     for _ in range(STEPS):
         row, _ = run.take_step(next(batches))
-        seconds.append(row["seconds_rollout"] + row["seconds_score"] + row["seconds_update"])
+        rows.append(row)
+    seconds = [row["seconds_rollout"] + row["seconds_score"] + row["seconds_update"] for row in rows]
     peak = 0
+    free = math.inf
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_reserved()
+        free = torch.cuda.mem_get_info()[0]
+    started = time.perf_counter()
+    out = Path(config.data[0]).parent / "saved"
+    fsdp.save_checkpoint(out, STEPS, run.state(), {}, keep=1, files=[])
+    saving = time.perf_counter() - started
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(out)
     return {
         "layout": str(run.layout),
-        "planned": sum(run.plan.gpu.values()),
-        "peak": max(fsdp.gather_objects(peak)),
-        "modelled": run.plan.step_seconds(),
+        "planned": sum(run.plan.gpu.values()) / 2**30,
+        "peak": max(fsdp.gather_objects(peak)) / 2**30,
+        "free": min(fsdp.gather_objects(free)) / 2**30,
+        "first": {name: rows[0][name] for name in ("kl", "loss", "grad_norm")},
         "seconds": statistics.median(seconds[1:]),
+        "saving": saving,
     }
 
 
@@ -294,6 +298,21 @@ def print_published(folder: Path) -> None:
 # -------------------------------------------------------------------------------------------------- the report
 
 
+def compare(found: list[dict]) -> list[str]:
+    """Laws over the layouts: KL of step 1 is 0, and those that train all weights have one loss and one norm."""
+    firsts = [row["first"] for row in found if "first" in row]
+    whole = [row["first"] for row in found if "first" in row and "--lora" not in row["options"]]
+    zero = all(first["kl"] == 0 for first in firsts)
+    same = True
+    for first in whole[1:]:
+        near = abs(first["loss"] - whole[0]["loss"]) < 1e-3
+        same = same and near and abs(first["grad_norm"] / whole[0]["grad_norm"] - 1) < 0.02
+    return [
+        f"\nKL of step 1 is 0 in {len(firsts)} layouts: {verdict(zero)}.",
+        f"Loss and gradient norm alike in {len(whole)}: {verdict(same)}.",
+    ]
+
+
 def report_size(
     size: str, scratch: Path, world: Path, gpus: int, device: torch.device, until: float
 ) -> list[str]:
@@ -306,21 +325,22 @@ def report_size(
         batch = 2 * gpus
     make_checkpoint(folder, size, world)
     options = ["--model", str(folder), "--batch", str(batch), *make_questions(folder, seconds), *RECIPE]
-    layouts = layouts_that_fit(options, gpus, device)
-    found = measure(options, layouts, gpus, scratch / f"{size}.jsonl", (until - time.time()) / 60)
-    lines = [f"\n## {size}: {len(found)} of {len(layouts)} layouts that should fit\n"]
-    lines.append("| layout | planned GiB | peak GiB | peak / planned | modelled s | measured s | |")
+    found = measure(options, gpus, scratch / f"{size}.jsonl", (until - time.time()) / 60)
+    lines = [f"\n## {size}\n"]
+    lines.append(
+        "| layout | planned GiB | reserved | free | KL, loss, gradient norm of step 1 | s a step | s a checkpoint |"
+    )
     lines.append("|---|---|---|---|---|---|---|")
     for row in found:
         if "failed" in row:
-            lines.append(f"| {row['options']} | | | | | | {row['failed']} |")
+            lines.append(f"| {row['options']} | | | | {row['failed']} | | |")
             continue
-        sizes = (
-            f"{row['planned'] / 2**30:.1f} | {row['peak'] / 2**30:.1f} | {row['peak'] / row['planned']:.2f}"
-        )
-        mark = "above the plan" if row["peak"] > row["planned"] else ""
-        times = f"{row['modelled']:.2f} | {row['seconds']:.2f}"
-        lines.append(f"| {row['layout']} | {sizes} | {times} | {mark} |")
+        first = ", ".join(f"{value:.6g}" for value in row["first"].values())
+        sizes = f"{row['planned']:.1f} | {row['peak']:.1f} | {row['free']:.1f}"
+        times = f"{row['seconds']:.2f} | {row['saving']:.1f}"
+        mark = " above the plan" * (row["peak"] > row["planned"])
+        lines.append(f"| {row['layout']} | {sizes}{mark} | {first} | {times} |")
+    lines += compare(found)
     measured = [row["seconds"] for row in found if "seconds" in row]
     if size != "7B" and measured:
         ours = min(measured) * gpus / batch

@@ -1,10 +1,10 @@
 """What a CPU can prove of a run on GPUs: bf16, the collectives of a step, no tensor on the wrong device."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def test_a_reference_in_host_memory_changes_nothing(world, in_fp32, tmp_path, mo
 # ----------------------------------------------------------------------------------------------- collectives
 
 
-LAYOUTS = [{"reshard": "on", "questions_per_pass": 1}, {"reshard": "on", "questions_per_pass": 2}, {}]
+LAYOUTS = [{"reshard": "on", "accumulation": 2}, {"reshard": "on", "accumulation": 1}, {}]
 
 
 def test_a_group_is_gathered_four_times_a_pass_at_most_and_reduced_once_whatever_the_tokens(
@@ -115,6 +115,10 @@ def test_a_group_is_gathered_four_times_a_pass_at_most_and_reduced_once_whatever
             runs.append(json.dumps(options))
     pair.run("collectives", out, *runs)
     found = json.loads(out.read_text())
+    for one in found:
+        assert one["norm"] == pytest.approx(one["norm of torch"], rel=1e-6) and one["norm"] > 0
+    for one in found:
+        del one["norm"], one["norm of torch"]
     assert [one["passes"] for one in found] == [2, 2, 1, 1, 1, 1]
     assert found[::2] == found[1::2]  # 2 tokens and 9
     for one in found:
@@ -180,9 +184,7 @@ def test_a_process_with_a_gpu_has_its_share_of_the_cores_whatever_torchrun_says(
     monkeypatch.setattr(torch, "set_num_threads", lambda count: said.update(threads=count))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: said.update(backend=backend))
     monkeypatch.setattr(fsdp, "be_deterministic", lambda: None)
-    monkeypatch.setattr(os, "cpu_count", lambda: 30)
-    if hasattr(os, "sched_getaffinity"):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(30)))
+    monkeypatch.setattr(fsdp, "cores", lambda: 30)
     assert fsdp.start_processes() == (3, 8, torch.device("cuda", 3))
     assert said == {"index": 3, "threads": 7, "backend": "cpu:gloo,cuda:nccl"}
     monkeypatch.setenv("LOCAL_RANK", "4")
@@ -212,6 +214,82 @@ def test_cudnns_attention_is_off_for_it_plans_anew_for_every_shape(monkeypatch):
     assert said == [("use_deterministic_algorithms", True), ("backends.cuda.enable_cudnn_sdp", False)]
 
 
+def test_an_old_driver_is_told_and_an_empty_list_of_gpus_is_a_cpu(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    fsdp.check_driver(tmp_path)
+    for name, text in {"dev/nvidia0": "", "proc/driver/nvidia/version": "NVRM 470.1\nGCC"}.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=r"CUDA .* driver: NVRM 470.1\. .*newer driver") as error:
+        fsdp.check_driver(tmp_path)
+    assert "\n" not in str(error.value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    fsdp.check_driver(tmp_path)
+
+
+def test_moments_in_host_memory_and_local_clipping_are_torchs_own_bit_for_bit():
+    torch.manual_seed(0)
+    start = [torch.randn(40, 30), torch.randn(7), torch.randn(3, 5)]
+    ours = [torch.nn.Parameter(one.clone()) for one in start]
+    theirs = [torch.nn.Parameter(one.clone()) for one in start]
+    optimizer = fsdp.make_optimizer(ours, 1e-2, host=True)
+    reference = torch.optim.AdamW(theirs, 1e-2, weight_decay=0.0, fused=True)
+    for step in range(4):
+        for i in range(2 + step % 2):  # one of them has no gradient every other step
+            ours[i].grad = torch.randn(start[i].shape)
+            theirs[i].grad = ours[i].grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        assert fsdp.clip_gradients(ours, 1.0) == norm.item() > 1
+        for one in (optimizer, reference):
+            one.step()
+            one.zero_grad()
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_what_torchrun_started_dies_with_it(tmp_path):
+    """PR_SET_PDEATHSIG, on Linux."""
+    child = "import fsdp, os, time; print(os.getpid(), flush=True); time.sleep(99)"
+    parent = (
+        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(99)"
+    )
+    started = subprocess.Popen(
+        [sys.executable, "-c", parent], cwd=ROOT, env={**environment(), "RANK": "0"}, stdout=subprocess.PIPE
+    )
+    pid = int(started.stdout.readline())
+    started.kill()
+    started.wait()
+    deadline = time.time() + 10
+    while time.time() < deadline and is_running(pid):
+        time.sleep(0.05)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog):
+    fsdp.start_processes()
+    for step in (1, 2, 3, 4):
+        fsdp.save_checkpoint(tmp_path, step, {"a": torch.full((9,), float(step))}, {}, keep=3, files=[])
+    folders = fsdp.checkpoints(tmp_path)
+    assert [folder.name for folder in folders] == ["step-000002", "step-000003", "step-000004"]
+    (folders[2] / "run.json").write_text("{")
+    piece = max(folders[1].glob("*.distcp"), key=lambda file: file.stat().st_size)
+    piece.write_bytes(piece.read_bytes()[:-1])
+    assert fsdp.newest_checkpoint(tmp_path) == folders[0]
+    assert "step-000004 is damaged" in caplog.text and f"step-000003 is damaged ({piece.name})" in caplog.text
+    tensors = {"a": torch.zeros(9)}
+    fsdp.load_checkpoint(folders[0], tensors)
+    assert tensors["a"].tolist() == [2.0] * 9
+    dist.destroy_process_group()
+    torch.use_deterministic_algorithms(False)
+
+
 # ------------------------------------------------------------------------------------------- the GPU's script
 
 
@@ -225,7 +303,7 @@ def test_what_a_gpu_is_tested_with_runs_on_a_cpu(world, tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     table = out.read_text()
     assert table.count("| holds |") == 2 and "BROKEN" not in table
-    assert "nothing given up; 2 a pass" in table and "times as long" in table
+    assert "0 in 4 layouts: holds" in table and "alike in 3: holds" in table and "times as long" in table
 
 
 def test_without_a_gpu_the_script_says_what_to_do(tmp_path, capsys, monkeypatch):

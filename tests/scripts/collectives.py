@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
@@ -43,11 +44,22 @@ def main() -> None:
             config, rank=rank, world=world, device=device, loaded=load_questions(config, check_clips_together)
         )
         asked = next(run.batches())
+        norms = {}
+        clip = fsdp.clip_gradients
+
+        def both(parameters, most, norms=norms, clip=clip):
+            whole = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            norms["norm of torch"] = whole.full_tensor().item()
+            norms["norm"] = clip(parameters, most)
+            return norms["norm"]
+
+        fsdp.clip_gradients = both
         CALLS.update(dict.fromkeys(CALLS, 0))
         run.take_step(asked)
+        fsdp.clip_gradients = clip
         groups = [module for module in run.policy.modules() if isinstance(module, FSDPModule)]
         passes = -(-len(asked) // run.layout.questions_per_pass)
-        found.append({**CALLS, "groups": len(groups), "passes": passes})
+        found.append({**CALLS, **norms, "groups": len(groups), "passes": passes})
     if rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.destroy_process_group()

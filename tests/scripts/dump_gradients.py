@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import fsdp
 import grpo
+import plan
 from data import load_questions
 from train import Run, check_clips_together, parse, set_batch
 
@@ -69,7 +70,7 @@ def main() -> None:
         "gradients": gradients,
         "responses": [everything[k] for k in sorted(everything)],
         "bytes": sizes,
-        "plan": run.plan.lasting,
+        "plan": plan.lasting_bytes(run.plan.work, run.layout),
         "collectives": dict(COLLECTIVES),
         "groups": len(fsdp.groups(run.policy.model)) + 1,  # and the rest
     }

@@ -29,7 +29,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import cost
 import fsdp  # first of ours: it sets what torch reads when it is imported
 import model
 import plan
@@ -245,9 +244,9 @@ def main() -> None:
         with unset_fake_temporarily():
             asked = [question(run.policy, tokens, seconds) for _ in range(count)]
         run.take_step(asked)
-    planned = cost.moments(run.plan.work, run.layout)
+    planned = plan.moments(run.plan.work, run.layout)
     planned = {name: sum(parts.values()) for name, parts in planned.items()}
-    found = {"layout": str(run.layout), "gpu": run.plan.gpu, "planned": planned, "measured": marks}
+    found = {"layout": str(run.layout), "planned": planned, "measured": marks}
     print(json.dumps(found))
 
 
