@@ -37,7 +37,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import chat
 from chat import ChatClient, Refused
 from data import (
     PROMPTS,
@@ -64,7 +63,7 @@ from files import (
 from lora import load_adapter
 from model import AudioLM, Prompt, PromptEncoder, load_model
 from reward import final_answer
-from scores import summary_lines
+from report import summary_lines
 from weights import checkpoint_hash, find_model
 
 log = logging.getLogger("omni_r1")
@@ -78,7 +77,6 @@ SEVERAL = ["data", "audio_dir", "audio", "bench", "out"]  # options that may be 
 KEPT = "what was answered is kept, the same command goes on"
 MOST_BAD = 0.1  # of the questions: with more that have no answer there is no result
 AHEAD = 3  # batches that are encoded while the model answers one
-GIVES_UP = (InputError, getattr(chat, "Unreachable", InputError))  # of the client: no request fares better
 
 # Of four test-mini questions, in all quarters of the file, that MMAU's revision of May 2025 rewrote (the file
 # kept its name): the hashes of id and question, first the original's, then the revision's.
@@ -109,7 +107,8 @@ class Asked:
     @property
     def length(self) -> int:
         """About the prompt's tokens: 25 a second, one for 4 letters."""
-        return len(prompt_text(self.question)) // 4 + round(25 * self.seconds)
+        letters = len(prompt_text(self.question))
+        return letters // 4 + round(25 * self.seconds)
 
 
 def make_batches(questions: list[Question], args: argparse.Namespace) -> list[list[Asked]]:
@@ -159,7 +158,9 @@ def samples_of(asked: Asked, audio: str, longest: float) -> np.ndarray | None:
         samples = load_audio(asked.clip, longest)
     except InputError as error:
         raise Refused(str(error)) from None
-    return np.zeros_like(samples) if audio == "silence" else samples
+    if audio == "silence":
+        return np.zeros_like(samples)
+    return samples
 
 
 def bench_name(questions: list[Question], given: str | None) -> str:
@@ -208,9 +209,12 @@ class Evaluation:
         self.about = {name: getattr(args, name) for name in RECORDED.split()}
         if args.url:  # what follows the path may be a secret
             url = urlsplit(args.url)
-            self.about["url"] = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+            host = url.netloc.rpartition("@")[2]
+            self.about["url"] = f"{url.scheme}://{host}{url.path}"
         hashes = {**hashes, "questions": questions_hash(self.questions)}
-        self.about |= {"questions": len(self.questions), "bench": bench, "fingerprint": hashes}
+        self.about["questions"] = len(self.questions)
+        self.about["bench"] = bench
+        self.about["fingerprint"] = hashes
         self.asked = sha256(json.dumps(self.about).encode())  # in each row of the parts
         self.lock = threading.Lock()
 
@@ -233,7 +237,11 @@ class Evaluation:
 
     def parts(self) -> list[Path]:
         start = f"{self.out.name}.part-"
-        return sorted(path for path in self.out.parent.iterdir() if path.name.startswith(start))
+        found = []
+        for path in sorted(self.out.parent.iterdir()):
+            if path.name.startswith(start) and path.name.removeprefix(start).isdigit():
+                found.append(path)
+        return found
 
     def read_parts(self) -> None:
         self.given: dict[Key, str] = {}
@@ -242,8 +250,11 @@ class Evaluation:
             for row in rows_of(part):
                 if row.get("asked") != self.asked:
                     continue  # of another model, or to other questions
-                answers = self.missing if row["why"] else self.given
-                answers[row["i"], row["order"]] = row["why"] or row["text"]
+                key = (row["i"], row["order"])
+                if row["why"]:
+                    self.missing[key] = row["why"]
+                else:
+                    self.given[key] = row["text"]
 
     def unanswered(self) -> dict[int, str]:
         """Question's number -> why it has no answer, as far as that is known."""
@@ -269,7 +280,9 @@ class Evaluation:
         """Write some answers down at once."""
         rows = []
         for (i, order), text, why in answers:
-            rows.append({"i": i, "order": order, "text": text, "why": why, "asked": self.asked})
+            row = {"i": i, "order": order, "text": text, "why": why}
+            row["asked"] = self.asked
+            rows.append(row)
         with self.lock:
             append_rows(self.own_part, rows)
             bar.update(len(rows))
@@ -316,10 +329,8 @@ class Evaluation:
                 row["order_predictions"] = final
         rows = [row for row in rows if row is not None]
         text = json.dumps(rows, ensure_ascii=False, indent=1)
-        if is_lines and form not in (
-            "mmau",
-            "mmar",
-        ):  # whose scripts read a list, even if lines are published
+        reads_lists = form in ("mmau", "mmar")  # their scripts do, even if lines are published
+        if is_lines and not reads_lists:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         return text.encode(errors="backslashreplace").decode()  # half a surrogate pair as JSON writes it
 
@@ -378,15 +389,19 @@ def answer_locally(job: Evaluation, lm: AudioLM, batches: list[list[Asked]], bar
     encode_one = partial(encode, prompts=lm.prompts, audio=job.args.audio, lock=lock)
     for batch, encoded in zip(batches, encode_ahead(batches, encode_one), strict=True):
         prompts = [item for item in encoded if isinstance(item, Prompt)]
-        groups = iter(lm.generate(prompts, job.args.max_new_tokens) if prompts else [])
+        groups = []
+        if prompts:
+            groups = lm.generate(prompts, job.args.max_new_tokens)
+        groups.reverse()
         answers = []
         for asked, item in zip(batch, encoded, strict=True):
+            text = ""
+            why = item
             if isinstance(item, Prompt):
                 with lock:
-                    text = lm.decode(next(groups)[0])
-                answers.append((asked.key, text, None))
-            else:
-                answers.append((asked.key, "", item))
+                    text = lm.decode(groups.pop()[0])
+                why = None
+            answers.append((asked.key, text, why))
         job.record(answers, bar)
 
 
@@ -402,9 +417,12 @@ def answer_remotely(job: Evaluation, batches: list[list[Asked]], bar: tqdm) -> N
                 _, usage = client.complete(message(first, job.args.prompt, None), temperature=0, max_tokens=1)
                 if usage.get("prompt_tokens") == read:
                     log.warning("the server reads %d tokens with a clip and without: does it hear?", read)
-        for future in as_completed([pool.submit(ask, client, job, asked, bar) for asked in others]):
+        futures = []
+        for asked in others:
+            futures.append(pool.submit(ask, client, job, asked, bar))
+        for future in as_completed(futures):
             future.result()
-    except GIVES_UP as error:
+    except InputError as error:
         raise InputError(f"{error}; {KEPT}") from None
     finally:
         try:
@@ -433,7 +451,8 @@ def message(asked: Asked, prompt: str, samples: np.ndarray | None) -> list[dict]
         file = io.BytesIO()
         soundfile.write(file, samples, 16_000, format="WAV", subtype="PCM_16")
         data = base64.b64encode(file.getvalue()).decode()
-        parts.insert(0, {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}})
+        audio = {"data": data, "format": "wav"}
+        parts.insert(0, {"type": "input_audio", "input_audio": audio})
     return [{"role": "user", "content": parts}]
 
 
@@ -522,7 +541,8 @@ def evaluate(args: argparse.Namespace) -> None:
                 if batches and not lm and not args.url:
                     lm = load(args, device)
                 count = sum(map(len, mine))
-                with tqdm(total=count, desc=job.out.name, disable=rank > 0 or not mine) as bar:
+                quiet = rank > 0 or not mine
+                with tqdm(total=count, desc=job.out.name, disable=quiet) as bar:
                     if mine and args.url:
                         answer_remotely(job, mine, bar)
                     elif mine:

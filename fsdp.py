@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -123,9 +124,33 @@ def be_deterministic() -> None:
 
 
 class Stop:
-    """Remembers SIGTERM and SIGINT: a run ends between steps, where all processes agree."""
+    """Remembers SIGTERM and SIGINT: a run ends between steps, where all processes agree.
+
+    Where another process has died, this one sits in a collective for ever, and Python does not come to run
+    its handler. The C part of it wakes a thread, which ends the process after `patience` seconds.
+    """
 
     signal = 0
+
+    def __init__(self, patience: float = 180.0):
+        self.closed = threading.Event()
+        woken, wake = os.pipe()
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self)
+        threading.Thread(target=self.watch, args=(woken, patience), daemon=True).start()
+
+    def watch(self, woken: int, patience: float) -> None:
+        while os.read(woken, 1)[0] not in (signal.SIGTERM, signal.SIGINT):
+            pass
+        if not self.closed.wait(patience):
+            os._exit(1)
+
+    def close(self) -> None:
+        """All is well: no deadline."""
+        self.closed.set()
+        signal.set_wakeup_fd(-1)
 
     def __call__(self, number: int, frame: Any) -> None:
         self.signal = number

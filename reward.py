@@ -11,7 +11,7 @@ import re
 import runpy
 from collections.abc import Callable
 
-from files import InputError
+from files import InputError, LocalError
 
 # The form of a reply that each of data.PROMPTS asks for; r1-aqa's format reward checks the first.
 ANSWER = r"<answer>.*</answer>"
@@ -21,10 +21,6 @@ FORMS = {
     "think": THINK,
     "brief": THINK,
 }
-
-
-class RewardError(InputError):
-    """The user's own reward failed: on one response, so in one process alone."""
 
 
 def accuracy_reward(response: str, answer: str, choices: list[str]) -> float:
@@ -134,7 +130,7 @@ REWARDS = {
 def find_reward(name: str) -> Callable[[str, str, list[str]], float]:
     """--reward exact, contains, official or FILE.py:function -> a callable with accuracy_reward's signature.
 
-    Raises InputError if there is no such function, and RewardError later if it fails or gives no number.
+    Raises InputError if there is no such function, and LocalError later if it fails or gives no number.
     """
     if name in REWARDS:
         return REWARDS[name]
@@ -151,6 +147,6 @@ def find_reward(name: str) -> Callable[[str, str, list[str]], float]:
             return float(function(response, answer, choices))
         except Exception as error:
             wrong = f"--reward {name} failed on {response!r:.200}: {error!r}"
-            raise RewardError(wrong) from None
+            raise LocalError(wrong) from None
 
     return reward

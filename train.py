@@ -23,6 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -220,27 +221,25 @@ class Run:
         With --lora there is one model in the compute dtype, frozen: without its pairs it is the reference.
         """
         config = self.config
-        shape = (config.replicas, self.world // config.replicas)
         stored = self.dtype if config.lora else torch.float32
         self.policy = empty_lm(config.model, stored, self.hears, config.prompt)
         longest = min(longest_clip, self.policy.prompts.seconds)  # what is longer is cut
-        self.plan = choose_plan(self.policy.model, shape[1], self.dtype, config, self.device, longest)
+        self.plan = choose_plan(
+            self.policy.model, self.world // config.replicas, self.dtype, config, self.device, longest
+        )
         layout = self.plan.layout
         self.layout = layout
         if self.rank == 0:
             log.info(plan_line(self.plan))
         if layout.checkpointing:
             fsdp.checkpoint_activations(self.policy)
-        mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
-        if config.replicas == 1:
-            mesh = mesh["shard"]
+        mesh = fsdp.make_mesh(self.device, config.replicas)
         offload = layout.offload == "all"
         sharded = self.world > 1 and (layout.reshard or not config.lora)
         if sharded or stored != self.dtype or offload:
             how = {"reshard": layout.reshard, "gathered_rollout": layout.gathered_rollout}
             fsdp.shard(self.policy, mesh, self.dtype, **how, cpu_offload=offload)
         load_weights(self.policy, "cpu" if offload else self.device, compute=self.device)
-        self.policy.dtype = self.dtype
         self.reference = None
         if config.lora:
             self.pairs = lora.attach(self.policy, config.lora, 2 * config.lora, seed=config.seed)
@@ -260,23 +259,13 @@ class Run:
         return reference.requires_grad_(False)
 
     def make_optimizer(self) -> None:
-        """AdamW on the parameters that learn, its state there from the start, so that all of it is saved."""
+        """AdamW on the parameters that learn."""
         self.parameters = {}
         for name, p in self.policy.named_parameters():
             if p.requires_grad:
                 self.parameters[name] = p
-        kind = torch.optim.AdamW
-        if self.layout.offload == "moments":
-            kind = fsdp.HostMomentsAdamW
         learning = list(self.parameters.values())
-        self.optimizer = kind(learning, self.config.lr, weight_decay=0.0, fused=True)
-        for p in learning:
-            state = self.optimizer.state[p]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(p)
-                if kind is fsdp.HostMomentsAdamW:
-                    state[name] = state[name].cpu()
+        self.optimizer = fsdp.make_optimizer(learning, self.config.lr, self.layout.offload == "moments")
 
     def batches(self) -> Iterator[list[Asked]]:
         """This process's questions of each step from the next on, decoded ahead by a thread."""
@@ -332,10 +321,7 @@ class Run:
         """Clip the gradients and step; InputError, before any weight moves, where they are not finite."""
         if self.config.lora:
             fsdp.average_gradients(list(self.parameters.values()))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
-        if hasattr(norm, "full_tensor"):
-            norm = norm.full_tensor()
-        self.grad_norm = norm.item()
+        self.grad_norm = fsdp.clip_gradients(list(self.parameters.values()), self.config.max_grad_norm)
         if not math.isfinite(self.grad_norm):
             file = Path(self.config.out) / f"nonfinite-rank-{self.rank}.jsonl"
             append_rows(file, [row for rollout in rollouts for row in sample_rows(rollout)])
@@ -472,7 +458,8 @@ class Run:
         """O/model or O/model-step-N, with a model card; with --lora, O/adapter as well. Collective."""
         config = self.config
         out = Path(config.out)
-        self.policy.save(out / f"model{suffix}", card={**vars(config), "steps": self.step})
+        card = {"base": config.model, "data": config.data, "steps": self.step, "settings": vars(config)}
+        self.policy.save(out / f"model{suffix}", card=card)
         if config.lora and self.rank == 0:
             lora.save_adapter(self.pairs, out / f"adapter{suffix}", config.model)
 
@@ -647,13 +634,12 @@ def train(config: argparse.Namespace) -> int:
         about = {
             **vars(config),
             "layout": str(run.layout),
-            "parameters": run.plan.work.sizes.whole,
+            "parameters": run.plan.work.whole,
             "settings": now,
         }
         write_text(out / "config.json", json.dumps(about, indent=1))
         journal = Journal(config, run.step)
-    stop = fsdp.Stop()
-    with logging_redirect_tqdm():
+    with logging_redirect_tqdm(), closing(fsdp.Stop()) as stop:
         return learn(run, journal, stop)
 
 
@@ -731,7 +717,6 @@ def learn(run: Run, journal: Journal | None, stop: fsdp.Stop) -> int:
     bar.close()
     write_held_out(run, journal)
     run.save_model()
-    stop.close()
     if run.rank == 0:
         saved = result(config)
         for path in [*saved.iterdir(), saved, saved.parent]:
