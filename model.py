@@ -82,7 +82,7 @@ def audio_tokens(frames: int) -> int:
 
 
 class PromptEncoder:
-    """Question -> Prompt. Only tokenizer and feature extractor, so DataLoader workers get a light copy."""
+    """Question -> Prompt. Only tokenizer and feature extractor, so that a thread can make them ahead of the model."""
 
     def __init__(self, path: Path | str, prompt: str = "direct"):
         folder = find_model(path)
@@ -95,7 +95,12 @@ class PromptEncoder:
                 folder, trust_remote_code=False, local_files_only=True
             )
             self.extractor = WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
-            used = self.template(HEAD + self.family.before_audio + self.family.after_audio + TAIL)
+            # Once: to switch between template and text would set the tokenizer's state, which threads share.
+            self.head = self.template(HEAD)
+            self.before_audio = self.template(self.family.before_audio)
+            self.after_audio = self.template(self.family.after_audio)
+            self.tail = self.template(TAIL)
+            used = self.head + self.before_audio + self.after_audio + self.tail
             self.controls = set(used) & self.tokenizer.added_tokens_decoder.keys()
             self.controls.add(self.audio_token_id)
         self.seconds = self.extractor.chunk_length * self.family.windows  # the published processor's maximum
@@ -122,10 +127,9 @@ class PromptEncoder:
         if use_audio and waveform is not None:
             features, frames = self.features(waveform)
             placeholders = [self.audio_token_id] * audio_tokens(frames)
-            heard = self.template(self.family.before_audio) + placeholders
-            heard += self.template(self.family.after_audio)
+            heard = self.before_audio + placeholders + self.after_audio
         asked = self.plain(prompt_text(question, self.prompt))
-        ids = self.template(HEAD) + heard + asked + self.template(TAIL)
+        ids = self.head + heard + asked + self.tail
         return Prompt(torch.tensor(ids), features, frames)
 
     def features(self, waveform: np.ndarray) -> tuple[Tensor, int]:

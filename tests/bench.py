@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -36,7 +37,7 @@ from transformers import AutoConfig, DynamicCache
 import fsdp
 import grpo
 from data import Asked, Question
-from evaluate import Batches, make_batches
+from evaluate import encode, make_batches
 from model import Tokens, decoding_mask, load_model, pack_prompts
 from reward import accuracy_reward
 from tiny import make_world
@@ -142,7 +143,7 @@ def optimizer_step(model, optimizer):
 
 
 class Ours:
-    """Questions through the project's own path: grpo.step from rollout to update, `per_pass` at once."""
+    """Questions through the project's own path: from rollout to update, `per_pass` at once."""
 
     def __init__(self, folder):
         fsdp.be_deterministic()
@@ -157,12 +158,13 @@ class Ours:
 
     def questions(self, group, passes):
         config = parse(["--group_size", str(group), "--max_new_tokens", str(NEW_TOKENS)])
-        asked = [[Asked(1, k, self.asked, self.prompt, ()) for k in range(size)] for size in passes]
-
-        def update():
-            optimizer_step(self.policy, self.optimizer)
-
-        grpo.step(self.policy, self.reference, asked, config, accuracy_reward, update)
+        for size in passes:
+            asked = [Asked(1, k, self.asked, self.prompt, ()) for k in range(size)]
+            rollout = grpo.roll_out(self.policy, asked, config, accuracy_reward)
+            logps, _ = grpo.score(self.policy, self.reference, rollout)
+            loss, _ = grpo.rollout_loss(logps, rollout, config, 0.0)
+            (loss * size / sum(passes)).backward()
+        optimizer_step(self.policy, self.optimizer)
 
 
 class Floor(Ours):
@@ -296,11 +298,14 @@ def bench_evaluation(folder, family, repeat):
 
     published.ids_of = {q.id: ours.encode(q).input_ids for q in questions}  # tokens are not what is measured
     args = argparse.Namespace(audio="real", seed=0, orders=1, batch_size=4)
-    batches = Batches(make_batches(questions, args), ours.prompts, "real")
+    batches = make_batches(questions, args)
+
+    lock = threading.Lock()
 
     def all_of_ours():
         for b in range(8):  # 32 in batches of 4 lie as close in length as 1,000 in batches of 64
-            ours.generate([item.prompt for item in batches[b]], NEW_TOKENS)
+            prompts = [encode(asked, ours.prompts, "real", lock) for asked in batches[b]]
+            ours.generate(prompts, NEW_TOKENS)
 
     calls = {
         "published": lambda: [theirs(questions[i : i + 16]) for i in (0, 16)],

@@ -58,7 +58,7 @@ DECODERS = {  # the published dimensions, and a CPU's
 STEPS = 3  # of each layout; the first warms up
 CLIP_SECONDS = 10
 BLOCK = 4_194_301  # random numbers that all weights repeat; odd, so that no two rows are alike
-RECIPE = ["--max_new_tokens", "8", "--workers", "0", "--dtype", "bfloat16"]
+RECIPE = ["--max_new_tokens", "8", "--dtype", "bfloat16"]
 
 
 # ------------------------------------------------------------------------------------------- what is measured
@@ -106,7 +106,10 @@ def make_questions(folder: Path, seconds: float) -> list[str]:
         rows.append({"id": str(i), "audio_id": f"{i}.wav", **asked})
     shutil.copyfile(folder / "0.wav", folder / "clip.wav")
     (folder / "questions.json").write_text(json.dumps(rows))
-    return ["--data", str(folder / "questions.json"), "--audio_dir", str(folder)]
+    teaching = "def parity(response, answer, choices): return sum(map(ord, response)) % 2"  # of random words
+    (folder / "reward.py").write_text(teaching)
+    data = ["--data", str(folder / "questions.json"), "--audio_dir", str(folder)]
+    return [*data, "--reward", f"{folder / 'reward.py'}:parity"]
 
 
 def python(gpus: int, *arguments: str) -> list[str]:
@@ -236,8 +239,8 @@ def run_steps(config: argparse.Namespace, rank: int, world: int, device: torch.d
     batches = run.batches()
     rows = []
     for _ in range(STEPS):
-        row, _ = run.take_step(next(batches))
-        rows.append(row)
+        totals, _ = run.take_step(next(batches))
+        rows.append(run.row(fsdp.gather_objects(totals)))
     seconds = [row["seconds_rollout"] + row["seconds_score"] + row["seconds_update"] for row in rows]
     peak = 0
     free = math.inf
@@ -306,7 +309,8 @@ def compare(found: list[dict]) -> list[str]:
     same = True
     for first in whole[1:]:
         near = abs(first["loss"] - whole[0]["loss"]) < 1e-3
-        same = same and near and abs(first["grad_norm"] / whole[0]["grad_norm"] - 1) < 0.02
+        norms = sorted([first["grad_norm"], whole[0]["grad_norm"]])
+        same = same and near and 0 < norms[1] <= 1.02 * norms[0]
     return [
         f"\nKL of step 1 is 0 in {len(firsts)} layouts: {verdict(zero)}.",
         f"Loss and gradient norm alike in {len(whole)}: {verdict(same)}.",

@@ -111,7 +111,7 @@ def test_a_group_is_gathered_four_times_a_pass_at_most_and_reduced_once_whatever
     runs = []
     for layout in LAYOUTS:
         for tokens in (2, 9):
-            options = arguments(world, batch=4, max_new_tokens=tokens, workers=0, **layout)
+            options = arguments(world, batch=4, max_new_tokens=tokens, **layout)
             runs.append(json.dumps(options))
     pair.run("collectives", out, *runs)
     found = json.loads(out.read_text())

@@ -158,7 +158,7 @@ def test_the_run_saves_an_adapter_and_the_merged_model_and_moves_nothing_else(wo
 
 
 LAYOUTS = {"re-sharded and recomputed": ["--reshard", "on", "--checkpointing", "on"]}
-LAYOUTS["the base whole in both"] = ["--reshard", "off", "--questions_per_pass", "1"]
+LAYOUTS["the base whole in both"] = ["--reshard", "off", "--accumulation", "2"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

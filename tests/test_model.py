@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import (
 import tiny
 from conftest import DATA
 from data import Question, load_audio, prompt_text, read_questions
-from evaluate import Asked, Batches
+from evaluate import Asked, encode
 from files import InputError
 from model import PromptEncoder, audio_tokens, draw, load_model
 
@@ -375,8 +376,8 @@ def test_audio_flamingo_3_hears_10_minutes_and_is_saved_for_its_class(flamingo, 
     clip = str(tmp_path / "40 s.wav")
     soundfile.write(clip, np.zeros(40 * 16_000), 16_000)
     question = Question("1", "What sounds?", ("dog", "bird"), "dog", clip, {})
-    evaluated = Batches([], lm.prompts, "real").encode(Asked((0, 0), question, clip, 40.0))
-    assert lm.encode(question).frames == evaluated.prompt.frames == 4000
+    evaluated = encode(Asked((0, 0), question, clip), lm.prompts, "real", threading.Lock())
+    assert lm.encode(question).frames == evaluated.frames == 4000
     lm.save(tmp_path / "saved")
     again = AudioFlamingo3ForConditionalGeneration.from_pretrained(tmp_path / "saved").state_dict()
     for name, value in theirs.state_dict().items():

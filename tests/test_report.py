@@ -13,9 +13,18 @@ import pytest
 import report as report_module
 from conftest import DATA
 from files import InputError
-from report import COLUMNS, PAPER, paper_rows, report
-from reward import wilson
-from scores import bootstrap, compare, mcnemar, score, summary_lines
+from report import (
+    COLUMNS,
+    PAPER,
+    bootstrap,
+    compare,
+    mcnemar,
+    paper_rows,
+    report,
+    score,
+    summary_lines,
+    wilson,
+)
 
 SCRIPTS = Path(__file__).resolve().parent / "scripts"
 HOSTILE = "What </script><script>alert(1)</script><img src=x onerror=alert(1)> \u2028 & is it?"
@@ -166,7 +175,7 @@ def test_answers_are_hidden_only_where_all_are(tmp_path, hidden):
     else:
         with pytest.raises(InputError, match="no right answers"):
             score(path)
-        assert "sent to the server (65.9)" in text
+        assert "answers hidden (65.9)" in text
 
 
 # ----------------------------------------------------------------------------------------------- the folder

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 import fsdp
-import grpo
 import plan
 from data import load_questions
 from train import Run, check_clips_together, parse, set_batch
@@ -49,9 +48,8 @@ def main() -> None:
     for name in COLLECTIVES:
         counting(name)
     asked = next(run.batches())
-    size = run.layout.questions_per_pass
-    passes = [asked[i : i + size] for i in range(0, len(asked), size)]
-    _, rollouts = grpo.step(run.policy, run.reference, passes, config, run.reward, update=lambda: None)
+    run.update = lambda rollouts: None
+    _, rollouts = run.take_step(asked)
     gradients = {}
     for name, p in run.parameters.items():
         if p.grad is not None:
