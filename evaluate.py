@@ -111,7 +111,10 @@ class Asked:
         return letters // 4 + round(25 * self.seconds)
 
 
-def make_batches(questions: list[Question], args: argparse.Namespace) -> list[list[Asked]]:
+def make_batches(
+    questions: list[Question],
+    args: argparse.Namespace,
+) -> list[list[Asked]]:
     """Every question in every order, the shortest first, cut into batches."""
     clips = set()
     if args.audio != "none":
@@ -136,7 +139,12 @@ def make_batches(questions: list[Question], args: argparse.Namespace) -> list[li
     return [everything[start : start + args.batch_size] for start in starts]
 
 
-def heard_with(i: int, questions: list[Question], args: argparse.Namespace, found: dict) -> str | None:
+def heard_with(
+    i: int,
+    questions: list[Question],
+    args: argparse.Namespace,
+    found: dict,
+) -> str | None:
     """Question i's clip; with --audio swap another question's, where one has another."""
     own = questions[i].audio
     if args.audio == "none":
@@ -150,7 +158,11 @@ def heard_with(i: int, questions: list[Question], args: argparse.Namespace, foun
     return own
 
 
-def samples_of(asked: Asked, audio: str, longest: float) -> np.ndarray | None:
+def samples_of(
+    asked: Asked,
+    audio: str,
+    longest: float,
+) -> np.ndarray | None:
     """(n,) at 16 kHz, of at most `longest` seconds; None where nothing is heard. Raises Refused."""
     if asked.clip is None:
         return None
@@ -163,7 +175,10 @@ def samples_of(asked: Asked, audio: str, longest: float) -> np.ndarray | None:
     return samples
 
 
-def bench_name(questions: list[Question], given: str | None) -> str:
+def bench_name(
+    questions: list[Question],
+    given: str | None,
+) -> str:
     """What the report calls the benchmark: `given` (--bench), unless the questions' text says otherwise.
 
     Raises InputError where they are of both of MMAU's versions, or do not tell.
@@ -276,7 +291,11 @@ class Evaluation:
     def is_open(self, asked: Asked) -> bool:
         return asked.key not in self.given and not asked.problem
 
-    def record(self, answers: list[Answer], bar: tqdm) -> None:
+    def record(
+        self,
+        answers: list[Answer],
+        bar: tqdm,
+    ) -> None:
         """Write some answers down at once."""
         rows = []
         for (i, order), text, why in answers:
@@ -346,7 +365,10 @@ class Evaluation:
         print(f"saved {self.out}", *lines, sep="\n")
 
 
-def default_out(args: argparse.Namespace, bench: str) -> str:
+def default_out(
+    args: argparse.Namespace,
+    bench: str,
+) -> str:
     """results/mine/model -> results/mine/eval/BENCH.AUDIO.json, where the report looks. Or InputError."""
     folder = Path(args.adapter or args.model)
     if args.url or folder.name not in ("model", "adapter"):
@@ -357,7 +379,12 @@ def default_out(args: argparse.Namespace, bench: str) -> str:
 # -------------------------------------------------------------------------------------------------- answering
 
 
-def encode(asked: Asked, prompts: PromptEncoder, audio: str, lock: threading.Lock) -> Prompt | str:
+def encode(
+    asked: Asked,
+    prompts: PromptEncoder,
+    audio: str,
+    lock: threading.Lock,
+) -> Prompt | str:
     """A question as a checkpoint reads it, or why it cannot be read. In threads, which share a tokenizer."""
     try:
         samples = samples_of(asked, audio, prompts.seconds + 1)
@@ -369,7 +396,10 @@ def encode(asked: Asked, prompts: PromptEncoder, audio: str, lock: threading.Loc
         return str(error)
 
 
-def encode_ahead(batches: list[list[Asked]], encode_one: Callable) -> Iterator[list[Prompt | str]]:
+def encode_ahead(
+    batches: list[list[Asked]],
+    encode_one: Callable,
+) -> Iterator[list[Prompt | str]]:
     """The batches in turn, encoded while the model answers: in threads: nothing is shared or forked."""
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
@@ -383,7 +413,12 @@ def encode_ahead(batches: list[list[Asked]], encode_one: Callable) -> Iterator[l
                 yield list(waiting.popleft())
 
 
-def answer_locally(job: Evaluation, lm: AudioLM, batches: list[list[Asked]], bar: tqdm) -> None:
+def answer_locally(
+    job: Evaluation,
+    lm: AudioLM,
+    batches: list[list[Asked]],
+    bar: tqdm,
+) -> None:
     """Greedy answers of a checkpoint."""
     lock = threading.Lock()
     encode_one = partial(encode, prompts=lm.prompts, audio=job.args.audio, lock=lock)
@@ -405,7 +440,11 @@ def answer_locally(job: Evaluation, lm: AudioLM, batches: list[list[Asked]], bar
         job.record(answers, bar)
 
 
-def answer_remotely(job: Evaluation, batches: list[list[Asked]], bar: tqdm) -> None:
+def answer_remotely(
+    job: Evaluation,
+    batches: list[list[Asked]],
+    bar: tqdm,
+) -> None:
     """Answers of a model behind a chat endpoint that takes base64 wav files, --batch_size at a time."""
     client = ChatClient(job.args.url, job.args.model)
     first, *others = filter(job.is_open, chain(*batches))
@@ -431,7 +470,12 @@ def answer_remotely(job: Evaluation, batches: list[list[Asked]], bar: tqdm) -> N
             client.stop.set()  # a second Ctrl-C
 
 
-def ask(client: ChatClient, job: Evaluation, asked: Asked, bar: tqdm) -> int:
+def ask(
+    client: ChatClient,
+    job: Evaluation,
+    asked: Asked,
+    bar: tqdm,
+) -> int:
     """Ask one question and write its answer down. Returns the tokens that the server says it read, or 0."""
     usage = {}
     try:
@@ -445,7 +489,11 @@ def ask(client: ChatClient, job: Evaluation, asked: Asked, bar: tqdm) -> int:
     return usage.get("prompt_tokens", 0)
 
 
-def message(asked: Asked, prompt: str, samples: np.ndarray | None) -> list[dict]:
+def message(
+    asked: Asked,
+    prompt: str,
+    samples: np.ndarray | None,
+) -> list[dict]:
     parts = [{"type": "text", "text": prompt_text(asked.question, prompt)}]
     if samples is not None:
         file = io.BytesIO()
@@ -496,7 +544,10 @@ def in_agreement() -> Iterator[None]:
         raise InputError(reasons[0])
 
 
-def hold(jobs: list[Evaluation], held: ExitStack) -> None:
+def hold(
+    jobs: list[Evaluation],
+    held: ExitStack,
+) -> None:
     """Lock each --out against a second start, for as long as `held` is open. Or InputError."""
     if len({job.meta for job in jobs}) < len(jobs):
         raise InputError("--out names a file twice")
@@ -507,7 +558,10 @@ def hold(jobs: list[Evaluation], held: ExitStack) -> None:
         held.enter_context(one_writer(job.out.with_name(f".{job.out.name}.lock")))
 
 
-def load(args: argparse.Namespace, device: torch.device) -> AudioLM:
+def load(
+    args: argparse.Namespace,
+    device: torch.device,
+) -> AudioLM:
     lm = load_model(args.model, getattr(torch, args.dtype), device, prompt=args.prompt)
     if args.adapter:
         load_adapter(lm, Path(args.adapter))

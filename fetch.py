@@ -263,7 +263,7 @@ def write_clip(folder: Path, name: str, sound: bytes, as_published: bool) -> Non
     path.write_bytes(sound)
 
 
-def unpack(file: str, path: Path, source: Source, data: Path) -> Iterator[tuple]:
+def unpack(file: str, path: Path, source: Source, *, data: Path) -> Iterator[tuple]:
     """Of each row and clip of a downloaded file: (our row or None, whether it counts, what is wrong or "").
 
     Writes the clips, and a table that is copied as published.
@@ -314,7 +314,7 @@ def fetch_set(name: str, options: argparse.Namespace) -> None:
         if options.limit:  # one after the other, until there are enough
             from_hub(snapshot_download, source, allow_patterns=glob.escape(file), **asked)
         try:
-            for row, counts, problem in unpack(file, downloads / file, source, options.data):
+            for row, counts, problem in unpack(file, downloads / file, source, data=options.data):
                 rows += [row] * bool(row)
                 wrong += [problem] * bool(problem)
                 taken += counts

@@ -117,12 +117,3 @@ def one_writer(path: Path | str, patience: float = 5.0) -> IO:
     file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
     file.flush()
     return file
-
-
-def as_object(row):
-    if isinstance(row, str):
-        try:
-            row = parse_json(row)
-        except ValueError:
-            return {}
-    return row if isinstance(row, dict) else {}

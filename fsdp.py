@@ -401,6 +401,8 @@ def save_checkpoint(
             if file.exists():
                 shutil.copyfile(file, scratch / file.name)
     dist.barrier()
+    hook = threading.excepthook
+    threading.excepthook = lambda told: None  # a writer's failure comes back as the exception
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -408,8 +410,10 @@ def save_checkpoint(
     except CheckpointException as error:
         why = next(iter(error.failures.values()))[0]
         raise InputError(
-            f"the checkpoint of step {step} cannot be written ({why}); the last is intact"
+            f"the checkpoint of step {step} cannot be written ({why}); what was saved before is intact"
         ) from None
+    finally:
+        threading.excepthook = hook
     if first:
         sizes = {}
         for path in scratch.iterdir():

@@ -116,7 +116,12 @@ class Rollout:
         return torch.tensor(lengths)
 
 
-def roll_out(policy: Any, asked: list, config: Namespace, reward: Callable) -> Rollout:
+def roll_out(
+    policy: Any,
+    asked: list,
+    config: Namespace,
+    reward: Callable,
+) -> Rollout:
     """G responses to each of B questions (policy: model.AudioLM), their rewards and their advantages."""
     generators = [question_generator(config.seed, one, policy.device) for one in asked]
     responses = policy.generate(
@@ -141,7 +146,12 @@ def question_generator(seed: int, asked: Any, device: torch.device) -> torch.Gen
     return torch.Generator(device).manual_seed(int(number))
 
 
-def group_rewards(asked: list, texts: list[list[str]], config: Namespace, reward: Callable) -> Tensor:
+def group_rewards(
+    asked: list,
+    texts: list[list[str]],
+    config: Namespace,
+    reward: Callable,
+) -> Tensor:
     """Eq. 2 for B groups of G texts -> (B, G). What `--prompt` asks to be tagged is taken from its tag."""
     rewards = torch.zeros(len(asked), config.group_size)
     for b, one in enumerate(asked):
@@ -153,7 +163,11 @@ def group_rewards(asked: list, texts: list[list[str]], config: Namespace, reward
     return rewards
 
 
-def score(policy: Any, reference: Any, rollout: Rollout) -> tuple[Tensor, float]:
+def score(
+    policy: Any,
+    reference: Any,
+    rollout: Rollout,
+) -> tuple[Tensor, float]:
     """Log-probs (B * G, T) of the rollout's responses under the policy, with their graph, and its entropy.
 
     What does not change from update to update (the reference's log-probs, those of the policy that sampled,
@@ -171,7 +185,10 @@ def score(policy: Any, reference: Any, rollout: Rollout) -> tuple[Tensor, float]
 
 
 def rollout_loss(
-    logps: Tensor, rollout: Rollout, config: Namespace, mean_length: float
+    logps: Tensor,
+    rollout: Rollout,
+    config: Namespace,
+    mean_length: float,
 ) -> tuple[Tensor, dict[str, float]]:
     """Eq. 3 and 4 on a rollout's (B * G, T) log-probs. Returns the loss with its graph, and metrics.
 

@@ -157,7 +157,11 @@ class PromptEncoder:
         features = torch.cat(windows, dim=1)
         return features[:, : frames + LOOK_AHEAD], frames
 
-    def cut(self, waveform: np.ndarray, path: str) -> np.ndarray:
+    def cut(
+        self,
+        waveform: np.ndarray,
+        path: str,
+    ) -> np.ndarray:
         """The clip as far as the published processor hears it (300, 30, 600 s), with a warning."""
         limit = self.seconds * 16_000
         if len(waveform) > limit:
@@ -205,7 +209,10 @@ def lengths_of(prompts: list[Prompt]) -> Tensor:
     return torch.tensor([len(prompt.input_ids) for prompt in prompts])
 
 
-def pack_prompts(prompts: list[Prompt], audio_token_id: int) -> Tokens:
+def pack_prompts(
+    prompts: list[Prompt],
+    audio_token_id: int,
+) -> Tokens:
     """B prompts as rows, padded behind (a causal mask hides the padding); logits after their last tokens."""
     ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True)
     return Tokens(
@@ -322,7 +329,11 @@ class AudioLM(nn.Module):
     def decode(self, tokens: Tensor) -> str:
         return self.prompts.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def forward(self, tokens: Tokens, cache: DynamicCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tokens,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
         """Logits (K, vocabulary) in fp32 where `tokens` wants them. The one entry for all computing."""
         device = self.device
         network = self.model.model.language_model
@@ -414,12 +425,19 @@ class AudioLM(nn.Module):
         logits = self(pack(prompts, groups, self.prompts.audio_token_id))
         return score_logits(logits, groups)
 
-    def save(self, out: Path | str, card: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        out: Path | str,
+        card: dict[str, Any] | None = None,
+    ) -> None:
         """Write a folder in the base's layout. Collective. See `weights.save_model`."""
         save_model(self, Path(out), card)
 
 
-def unchanged(name: str, weight: Tensor) -> Tensor:
+def unchanged(
+    name: str,
+    weight: Tensor,
+) -> Tensor:
     return weight
 
 
@@ -442,14 +460,20 @@ def draw(
     return torch.stack(drawn).squeeze(-1)
 
 
-def until_eos(response: Tensor, eos: Tensor) -> Tensor:
+def until_eos(
+    response: Tensor,
+    eos: Tensor,
+) -> Tensor:
     ends = torch.isin(response, eos).nonzero()
     if len(ends) == 0:
         return response
     return response[: int(ends[0]) + 1]
 
 
-def score_logits(logits: Tensor, groups: list[list[Tensor]]) -> Scores:
+def score_logits(
+    logits: Tensor,
+    groups: list[list[Tensor]],
+) -> Scores:
     """The logits of `pack`'s places -> log-probs and entropies of the B x G responses."""
     device = logits.device
     B = len(groups)
@@ -495,7 +519,11 @@ def entropy_of(logits: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- hearing
 
 
-def hear_omni(tower: nn.Module, clips: list[Prompt], device: torch.device) -> Tensor:
+def hear_omni(
+    tower: nn.Module,
+    clips: list[Prompt],
+    device: torch.device,
+) -> Tensor:
     """Qwen2.5-Omni's encoder on clips of any length, side by side: (all audio tokens, hidden).
 
     Where its chunks of 2 s begin is worked out on the CPU and handed over: taken from the GPU, each of its
@@ -517,7 +545,11 @@ def hear_omni(tower: nn.Module, clips: list[Prompt], device: torch.device) -> Te
     ).last_hidden_state
 
 
-def hear_whisper(tower: nn.Module, clips: list[Prompt], device: torch.device) -> Tensor:
+def hear_whisper(
+    tower: nn.Module,
+    clips: list[Prompt],
+    device: torch.device,
+) -> Tensor:
     """A Whisper encoder on clips, their windows of 30 s side by side: (all audio tokens, encoder's size).
 
     transformers' own wants all 3000 frames of a window and masks what lies after the clip; here only the
@@ -557,7 +589,10 @@ def hear_whisper(tower: nn.Module, clips: list[Prompt], device: torch.device) ->
 # ------------------------------------------------------------------------------------------------- loading
 
 
-def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def end_tokens(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Tensor:
     """Ids that end a response: <|im_end|> and what the checkpoint's generation config names."""
     named = read_small_file(folder, "generation_config.json").get("eos_token_id", [])
     if not isinstance(named, list):

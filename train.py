@@ -92,7 +92,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """The docstring as it stands, and every option's default."""
 
 
-def at_least(least: float, kind: type = int) -> Callable[[str], float]:
+def at_least(
+    least: float,
+    kind: type = int,
+) -> Callable[[str], float]:
     """An option's type: a finite number from `least` on; 0 exclusive is a float's smallest."""
 
     def number(text: str) -> float:
@@ -399,7 +402,11 @@ class Run:
             "seconds_eval": time.perf_counter() - started,
         }
 
-    def count_right(self, questions: list[Question], with_audio: bool) -> int:
+    def count_right(
+        self,
+        questions: list[Question],
+        with_audio: bool,
+    ) -> int:
         """How many of one batch are answered right. A clip that cannot be decoded is heard as silence."""
         prompts = []
         for question in questions:
@@ -458,7 +465,12 @@ class Run:
         """O/model or O/model-step-N, with a model card; with --lora, O/adapter as well. Collective."""
         config = self.config
         out = Path(config.out)
-        card = {"base": config.model, "data": config.data, "steps": self.step, "settings": vars(config)}
+        card = {
+            "base": config.model,
+            "data": config.data,
+            "steps": self.step,
+            "settings": vars(config),
+        }
         self.policy.save(out / f"model{suffix}", card=card)
         if config.lora and self.rank == 0:
             lora.save_adapter(self.pairs, out / f"adapter{suffix}", config.model)
@@ -485,7 +497,11 @@ def sample_rows(rollout: grpo.Rollout) -> list[dict]:
     return rows
 
 
-def settings(config: argparse.Namespace, loaded: Loaded, device: torch.device) -> dict:
+def settings(
+    config: argparse.Namespace,
+    loaded: Loaded,
+    device: torch.device,
+) -> dict:
     """What decides a run's result: options, and what stands in the files that they name."""
     decisive = {}
     for name, value in vars(config).items():
@@ -531,7 +547,11 @@ class Journal:
         self.told = set()
         self.board = tensorboard(self.out, step)
 
-    def write(self, row: dict, samples: Iterable[dict] = ()) -> None:
+    def write(
+        self,
+        row: dict,
+        samples: Iterable[dict] = (),
+    ) -> None:
         append_rows(self.out / "log.jsonl", [row])
         append_rows(self.out / "samples.jsonl", samples)
         if self.board is not None:
@@ -547,7 +567,10 @@ class Journal:
             self.told.add(name)
 
 
-def warnings_of(rows: list[dict], format_weight: float = 0.0) -> dict[str, str]:
+def warnings_of(
+    rows: list[dict],
+    format_weight: float = 0.0,
+) -> dict[str, str]:
     """What the last rows of the log give reason to doubt: name -> words.
 
     Reward and official score part where their distance has grown by more than DRIFT, from the first 10 steps
@@ -589,11 +612,17 @@ SIGNS = {
 }
 
 
-def mean(rows: list[dict], name: str) -> float:
+def mean(
+    rows: list[dict],
+    name: str,
+) -> float:
     return sum(row.get(name, 0.0) for row in rows) / len(rows)
 
 
-def tensorboard(out: Path, step: int) -> Any:
+def tensorboard(
+    out: Path,
+    step: int,
+) -> Any:
     """A writer of TensorBoard's events that forgets later steps, which will come again; None without it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -652,7 +681,10 @@ def check_clips_together(clips: list[str]) -> dict[str, str | float]:
     return found
 
 
-def is_finished(config: argparse.Namespace, now: dict) -> bool:
+def is_finished(
+    config: argparse.Namespace,
+    now: dict,
+) -> bool:
     """Whether --out holds a finished run. InputError if it holds anything of other settings."""
     out = Path(config.out)
     if not any((out / name).exists() for name in ("model", "adapter", "checkpoints", "log.jsonl")):
@@ -671,7 +703,11 @@ def result(config: argparse.Namespace) -> Path:
     return Path(config.out) / name
 
 
-def learn(run: Run, journal: Journal | None, stop: fsdp.Stop) -> int:
+def learn(
+    run: Run,
+    journal: Journal | None,
+    stop: fsdp.Stop,
+) -> int:
     """Step after step until the last, or until a signal. Returns the exit code."""
     config = run.config
     saved_at = time.monotonic() - 60 * max(0, config.save_minutes - FIRST_SAVE)
@@ -686,7 +722,13 @@ def learn(run: Run, journal: Journal | None, stop: fsdp.Stop) -> int:
         totals["seconds_wait"] = waited
         bar.update()
         samples = [row for rollout in rollouts for row in sample_rows(rollout) if row["k"] == 0]
-        mine = (totals, samples, bad, stop.signal, time.monotonic() - saved_at)
+        mine = (
+            totals,
+            samples,
+            bad,
+            stop.signal,
+            time.monotonic() - saved_at,
+        )
         totals, samples, bad, signals, unsaved = zip(*fsdp.gather_objects(mine), strict=True)
         run.bad_clips += sum(bad)
         if run.rank == 0:
@@ -726,7 +768,10 @@ def learn(run: Run, journal: Journal | None, stop: fsdp.Stop) -> int:
     return 0
 
 
-def say(rows: list[dict], steps: int) -> None:
+def say(
+    rows: list[dict],
+    steps: int,
+) -> None:
     """Ten times a run, what a person who watches wants to know: means of the last steps."""
     step = rows[-1]["step"]
     if step % math.ceil(steps / 10):
@@ -739,7 +784,10 @@ def say(rows: list[dict], steps: int) -> None:
     log.info("step %d: %s; %.2f s a step, %.1f h left", step, shown, seconds, left)
 
 
-def summary(run: Run, journal: Journal) -> str:
+def summary(
+    run: Run,
+    journal: Journal,
+) -> str:
     """The run's last words: what it learned, what is doubtful, what to do next."""
     out = Path(run.config.out)
     first = mean(journal.rows[: WINDOW // 2], "reward")
@@ -753,7 +801,10 @@ def summary(run: Run, journal: Journal) -> str:
     return "\n".join(lines)
 
 
-def write_held_out(run: Run, journal: Journal | None) -> None:
+def write_held_out(
+    run: Run,
+    journal: Journal | None,
+) -> None:
     """The held-out score of this step, where there are questions held out."""
     if not run.held_out:
         return

@@ -224,7 +224,7 @@ def test_no_name_leads_out_of_the_folder(tmp_path, small):
     hub.write_stream(tmp_path / "evil.arrow", rows)
     data = tmp_path / "in" / "data"
     for file, source, count in (("evil.tar.gz", "mmar", 4), ("evil.arrow", "avqa", 1)):
-        found = list(fetch.unpack(file, tmp_path / file, fetch.SETS[source], data))
+        found = list(fetch.unpack(file, tmp_path / file, fetch.SETS[source], data=data))
         assert sum(bool(wrong) for _, _, wrong in found) == count
     assert [p.name for p in tmp_path.rglob("*.wav") if data not in p.parents] == []
     names = ["...wav", "abs.wav", "absolute.wav", "fine.wav", "good.wav", "out.wav", "up.wav"]
