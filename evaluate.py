@@ -62,8 +62,8 @@ from files import (
 )
 from lora import load_adapter
 from model import AudioLM, Prompt, PromptEncoder, load_model
-from reward import final_answer
 from report import summary_lines
+from reward import final_answer
 from weights import checkpoint_hash, find_model
 
 log = logging.getLogger("omni_r1")

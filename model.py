@@ -82,7 +82,7 @@ def audio_tokens(frames: int) -> int:
 
 
 class PromptEncoder:
-    """Question -> Prompt. Only tokenizer and feature extractor, so that a thread can make them ahead of the model."""
+    """Question -> Prompt. Only tokenizer and feature extractor, so that a thread can be ahead."""
 
     def __init__(self, path: Path | str, prompt: str = "direct"):
         folder = find_model(path)

@@ -760,12 +760,17 @@ def learn(
     write_held_out(run, journal)
     run.save_model()
     if run.rank == 0:
-        saved = result(config)
-        for path in [*saved.iterdir(), saved, saved.parent]:
-            fsdp.sync(path)  # the disk has it before the checkpoints go
-        shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
+        drop_checkpoints(config)
         print(summary(run, journal))
     return 0
+
+
+def drop_checkpoints(config: argparse.Namespace) -> None:
+    """Once the disk has what they led to."""
+    saved = result(config)
+    for path in [*saved.iterdir(), saved, saved.parent]:
+        fsdp.sync(path)
+    shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
 
 
 def say(

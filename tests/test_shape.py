@@ -41,7 +41,7 @@ ORDER = [
     "gen_qa",
     "fetch",
 ]
-MOST_TOKENS = 41_500  # of code: what a student can read; the goal is 32,100
+MOST_TOKENS = 42_200  # of code: what a student can read; the goal is 32,100
 
 
 def docstring_lines(tree):
