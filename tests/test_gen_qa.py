@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import chat
+import files
 import gen_qa
 from chat_server import reply_of, serving
 from conftest import DATA
@@ -352,6 +353,7 @@ def test_one_writer_and_a_full_disk(tmp_path, monkeypatch, capsys):
         first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         while not rows_of(out):
             time.sleep(0.01)
+        monkeypatch.setattr(files.one_writer, "__defaults__", (0.1,))  # seconds of patience
         code, _, second = run_here(monkeypatch, capsys, *arguments)
         said = first.communicate()[1]
     assert code == 2 and f"held by process {first.pid}" in second

@@ -5,29 +5,33 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import report as report_module
+import weights
 from conftest import DATA
 from files import InputError
 from report import (
-    COLUMNS,
     PAPER,
+    TABLES,
     bootstrap,
     compare,
+    fields_of,
     mcnemar,
-    paper_rows,
+    read_predictions,
     report,
-    score,
+    score_questions,
     summary_lines,
     wilson,
 )
 
-SCRIPTS = Path(__file__).resolve().parent / "scripts"
+HERE = Path(__file__).resolve().parent
 HOSTILE = "What </script><script>alert(1)</script><img src=x onerror=alert(1)> \u2028 & is it?"
+STEP = {"official": 0.5, "hedged": 0.0, "kl": 0.1, "entropy": 1.0, "frac_reward_zero_std": 0.5}
 
 
 def mmau_rows(count=40, right=lambda i: i % 4 != 0):
@@ -46,12 +50,8 @@ def write_run(folder, rows, name="eval/mmau-mini.real", **about):
     path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows))
-    notes = {
-        "bench": "mmau-mini",
-        "audio": "real",
-        "audio_dir": str(folder.parent / "clips"),
-        "data": "d.json",
-    }
+    notes = {"bench": "mmau-mini", "audio": "real", "model": "base-7B", "unanswered": {}}
+    notes |= {"audio_dir": str(folder.parent / "clips")}
     path.with_suffix(".meta").write_text(json.dumps(notes | about))
     return path
 
@@ -70,6 +70,8 @@ def page_data(folder):
 
 
 def test_intervals_cover_the_truth():
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, Table I
     rng = np.random.default_rng(0)
     for n, least in ((11, 0.91), (24, 0.91), (300, 0.93), (1000, 0.93)):
         for p in (0.3, 0.5, 0.7, 0.9):
@@ -98,84 +100,74 @@ def test_the_papers_numbers_are_the_papers():
     if not paper.exists():
         pytest.skip(f"the paper is not at {paper}")
     text = re.sub(r"</?[a-z]+>|\*\*", "", paper.read_text())
-    for table in PAPER:
-        body = text[text.index(f"\nTABLE {table}\n") :]
-        lines = [re.split(r"\t", line) for line in body.split("\n\n")[1].splitlines() if "\t" in line]
-        published = [
-            [None if x == "-" else float(x) for x in cells if re.fullmatch(r"-|\d+\.\d", x)]
-            for cells in lines
-        ]
-        published = [numbers for numbers in published if any(numbers)]
-        width = len(COLUMNS[table][1])
-        assert [numbers[-width:] for numbers in published] == [row[3] for row in paper_rows(table)]
+    for table, _, benches, heard, groups in fields_of(TABLES):
+        body = text[text.index(f"\nTABLE {table}\n") :].split("\n\n")[1]
+        width = len(benches.split()) * len(heard.split()) * len(groups.split())
+        published = [re.findall(r"\t(-|\d+\.\d)(?=\t|$)", line) for line in body.splitlines()]
+        published = [row[-width:] for row in published if set(row) - {"-"}]
+        ours = [row[3].split() for row in fields_of(PAPER[table])]
+        assert [row for row in ours if set(row) != {"-"}] == published
+        assert {len(row) for row in ours} == {width}
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
 
 
-def test_scores_are_grouped_and_weighted_by_question(tmp_path):
-    path = write_run(tmp_path / "run", mmau_rows(41))
-    summary = score(path)
-    assert summary["all", "all"][0] == pytest.approx(30 / 41) and summary["all", "all"][3] == 41
-    for column in ("task", "difficulty", "category"):
-        parts = [numbers for (name, _), numbers in summary.items() if name == column]
-        assert sum(n for *_, n in parts) == 41
-        assert sum(p * n for p, *_, n in parts) / 41 == pytest.approx(summary["all", "all"][0])
-    assert summary_lines(path)[0].startswith("average") and "n = 41" in summary_lines(path)[0]
-
-
 @pytest.mark.parametrize(
     "form",
     [
+        {"task": "sound", "difficulty": "easy", "category": ["Reasoning"], "audio_id": "a.wav", "choices": ["dog", "cat"], "answer": "dog"},
         {"task_name": "accent", "audio_path": "a.wav", "choice_a": "dog", "choice_b": "cat", "answer_gt": "dog"},
         {"question_text": "?", "multi_choice": ["dog", "cat"], "answer": "dog", "audio_path": "a.wav", "question_type": "time"},
         {"source_dataset": "clotho", "audio_path": "a.wav", "choices": ["dog", "cat"], "answer": "dog"},
         {"category": "sound", "length_type": "short", "audio_path": ["a.wav"], "choices": ["dog", "cat"], "answer": "dog"},
     ],
-    ids=["MMSU", "ADQA", "AudioMCQ", "MMAU-Pro"],
+    ids=["MMAU", "MMSU", "ADQA", "AudioMCQ", "MMAU-Pro"],
 )  # fmt: skip
 def test_each_format_is_scored_by_its_own_groups(tmp_path, form):
     rows = []
-    for i, said in enumerate(["dog", "cat", "dog", ""]):
+    for i, said in enumerate(["dog", "cat", "dog", "", "the dog"]):
         rows.append({"id": f"{i}", "question": "What is it?"} | form | {"model_prediction": said})
-    summary = score(write_run(tmp_path, rows))
-    columns = {"task_name", "question_type", "source_dataset", "category", "length_type"} & form.keys()
+    path = write_run(tmp_path, rows)
+    scores = score_questions(read_predictions(path))
+    columns = set(report_module.GROUPS.split()) & form.keys()
     for column in columns:
-        assert summary[column, form[column]][0] == 0.5 and summary[column, form[column]][3] == 4
+        group = "Reasoning" if form[column] == ["Reasoning"] else form[column]
+        assert scores[column, group] == scores["all", "all"] == (0.6, *wilson(3, 5), 5)
+    assert columns and len(scores) == 1 + len(columns)
+    lines = summary_lines(path)
+    assert lines[0].startswith("average") and "n = 5" in lines[0] and "1 of 5 answers are empty" in lines[-1]
 
 
-def test_orders_count_by_their_share_and_empty_answers_are_counted(tmp_path):
+def test_orders_count_by_their_share(tmp_path):
     rows = mmau_rows(8, right=lambda i: True)
     for row in rows:
         row["order_predictions"] = ["dog", "cat"]
     rows[0] |= {"order_predictions": ["", ""], "model_prediction": ""}
     path = write_run(tmp_path, rows)
-    assert score(path)["all", "all"][0] == pytest.approx(7 / 16)
-    text = "\n".join(summary_lines(path))
-    assert "1 of 8 answers are empty" in text and "same way in all orders: 12.5" in text
+    assert score_questions(read_predictions(path))["all", "all"][0] == pytest.approx(7 / 16)
+    assert "same way in all orders: 12.5" in "\n".join(summary_lines(path))
 
 
-def test_compare_is_paired_and_refuses_other_questions(tmp_path):
+def test_the_program_needs_no_torch_and_says_what_is_wrong_in_one_line(tmp_path):
     before = write_run(tmp_path, mmau_rows(right=lambda i: i < 10), "a")
     after = write_run(tmp_path, mmau_rows(right=lambda i: 5 <= i < 30), "b")
     assert "25.0 -> 62.5" in compare(before, after) and "20 better, 5 worse of 40" in compare(before, after)
-    with pytest.raises(InputError, match="not of the same questions"):
-        compare(before, write_run(tmp_path, mmau_rows(39), "c"))
-
-
-@pytest.mark.parametrize("hidden", [1, 40])
-def test_answers_are_hidden_only_where_all_are(tmp_path, hidden):
-    rows = mmau_rows(40, right=lambda i: True)
-    for row in rows[:hidden]:
-        del row["answer"]
-    path = write_run(tmp_path / "base-omni", rows)
-    text = report(tmp_path)
-    if hidden == 1:
-        assert score(path)["all", "all"][3] == 39 and "**100.0 [" in text
-    else:
-        with pytest.raises(InputError, match="no right answers"):
-            score(path)
-        assert "answers hidden (65.9)" in text
+    hidden = [{**row, "answer": ""} for row in mmau_rows()]
+    plain = [{k: v for k, v in row.items() if not k.startswith("model_")} for row in mmau_rows()]
+    (tmp_path / "nothing").mkdir()
+    for act, words in (
+        (lambda: compare(before, write_run(tmp_path, mmau_rows(39), "c")), "not of the same questions"),
+        (lambda: compare(write_run(tmp_path, hidden, "d"), before), "hide their answers"),
+        (lambda: summary_lines(tmp_path / "d.json"), "no right answers"),
+        (lambda: summary_lines(write_run(tmp_path, plain, "e")), "without predictions"),
+        (lambda: report(tmp_path / "nothing"), "no predictions"),
+    ):
+        with pytest.raises(InputError, match=words):
+            act()
+    code = "import sys, report; sys.argv[1:] = ['--score', 'no.json']; sys.modules['torch'] = None; report.main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------- the folder
@@ -184,78 +176,47 @@ def test_answers_are_hidden_only_where_all_are(tmp_path, hidden):
 def test_ours_stands_beside_the_papers_number(tmp_path):
     rows = mmau_rows(right=lambda i: True)
     for run in ("base-omni", "qwen2audio-r1aqa", "omni-avqa-lora", "mine"):
-        write_run(tmp_path / run, rows)
+        write_run(tmp_path / run, rows, model="tiny" if run == "mine" else "base-7B")
     write_run(tmp_path / "omni-avqa", rows, "eval/mmau-mini.none", audio="none")
+    write_run(tmp_path / "omni-avqa", [{**row, "answer": ""} for row in rows])
     text = report(tmp_path)
     assert text == (tmp_path / "report.md").read_text()
     low, high = (100 * end for end in wilson(40, 40))
     ours = f"**100.0 [{low:.1f}, {high:.1f}]**"
     for paper in ("65.9", "65.6", "51.7"):  # reproduced, R1-AQA, and Table IV's AVQA asked without audio
         assert f"{ours} ({paper})" in text
+    assert "answers hidden (68.6)" in text and "AudioMCQ" not in text
     for method in ("Omni-R1 (AVQA), LoRA (not in the paper)", "R1-AQA [7]"):
         assert re.search(rf"\| {re.escape(method)} \| \*\*100", text)
     assert f"| mine | mmau-mini | real | {ours} |" in text
     assert text.index("### Table I:") < text.index("### Table IV") < text.index("### All runs")
+    assert re.findall(r"\*\*(.*) is tiny, of unknown parameters: not the paper's", text) == ["mine"]
 
 
 def test_a_broken_neighbour_costs_itself_alone(tmp_path, caplog):
-    """Other tools' files, a kill's half rows and names that are not UTF-8 beside one good run."""
+    """Other tools' files, a kill's half rows and names that are not UTF-8 beside good runs."""
     write_run(tmp_path / "good", mmau_rows())
-    arc = {
-        "id": "a",
-        "question": {
-            "stem": "What?",
-            "choices": [{"label": "A", "text": "dog"}, {"label": "B", "text": "cat"}],
-        },
-    }
-    write_run(
-        tmp_path / "arc",
-        [arc | {"answerKey": "A", "model_prediction": "dog"}],
-        "p",
-        bench="arc",
-        audio_dir=None,
-    )
-    unasked = [{k: v for k, v in row.items() if not k.startswith("model_")} for row in mmau_rows()]
-    write_run(tmp_path / "unasked", unasked)
-    write_run(tmp_path / "cut", mmau_rows()).write_text('[{"id"')
-    for i, text in enumerate(
-        ("", "[]", "7", "null", '{"bench": 1}', '{"bench', "[" * 3000, '{"audio": "real"}')
-    ):
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "p.meta").write_text('{"bench": "mmar", "audio": "real"}')
+    for i, text in enumerate(("", "[]", "null", '{"bench": 1}', '{"bench', "[" * 3000)):
         write_run(tmp_path / f"foreign{i}", mmau_rows()).with_suffix(".meta").write_text(text)
-    (tmp_path / "bytes.meta").write_bytes(b"\xff\xfe{}")
-    (tmp_path / "bytes.json").write_text("[]")
-    os.makedirs(os.path.join(os.fsencode(tmp_path), b"name\xff|"))
-    write_run(Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"name\xff|"))), mmau_rows())
-    steps = [json.dumps({"step": i, "loss": 0.1, "reward": i / 9}) for i in range(1, 9)]
-    strange = ["[1]", "null", '{"step": "x", "reward": {}}', '{"step": 9, "reward": 1e999}', '{"step": 1']
-    (tmp_path / "good" / "log.jsonl").write_text("\n".join(steps + strange))
-    (tmp_path / "good" / "samples.jsonl").write_text('{"step": 1, "audio": 7, "rewards": [1e999]}\n{"step"')
+    write_run(tmp_path / "cut", mmau_rows()).write_text('[{"id"')
+    write_lines(tmp_path / "other" / "log.jsonl", [{"step": "x", "reward": {}}])
+    name = os.path.join(os.fsencode(tmp_path), b"name\xff|")
+    os.makedirs(name)
+    write_run(Path(os.fsdecode(name)), mmau_rows())
+    write_lines(tmp_path / "good" / "log.jsonl", [{"step": i, "reward": i / 9} for i in range(1, 9)])
+    with open(tmp_path / "good" / "log.jsonl", "a") as file:
+        file.write('{"step": 9, "re')
+    for folder in ("a", "b"):
+        write_run(tmp_path / folder, mmau_rows(), "p")  # two of one name: both appear
     text = report(tmp_path)
-    assert "| good | mmau-mini | real | **75.0 [" in text and "| p | arc | real | **100.0 [" in text
-    assert (
-        "| unasked | mmau-mini | real | cannot be read |" in text
-        and "| cut | mmau-mini | real | cannot" in text
-    )
-    assert "| name?\\| | mmau-mini | real | **75.0 [" in text and "foreign" not in text
-    assert "no score" in caplog.text and "foreign0" in caplog.text and "bytes.meta" in caplog.text
-    data = page_data(tmp_path)
-    assert [row["step"] for row in data["logs"]["good"]] == [*range(1, 9), 9]
-    assert data["samples"]["good"] == [{"step": 1, "audio": None, "rewards": [None]}]
-    (tmp_path / "nothing").mkdir()
-    with pytest.raises(InputError, match="no predictions"):
-        report(tmp_path / "nothing")
-
-
-def test_predictions_of_one_name_all_appear(tmp_path):
-    for name in ("a", "b", "c"):
-        write_run(tmp_path / name, mmau_rows(), "p")
-    write_run(tmp_path / "run", mmau_rows())
-    write_run(tmp_path / "run", mmau_rows(), "eval/mmau-mini.again")
-    lines = tmp_path / "lines.jsonl"
-    write_run(tmp_path, mmau_rows(), "lines.jsonl").rename(lines)  # evaluate.py --out lines.jsonl
-    rows = re.findall(r"^\| (\S+) \| mmau-mini \| real \|", report(tmp_path), re.M)
-    assert len(rows) == len(set(rows)) == 6 and {"p", "run", "lines"} <= set(rows)
-    assert len(page_data(tmp_path)["questions"]["mmau-mini"]["runs"]) == 6
+    shown = re.findall(r"^\| (\S+) \| mmau-mini \| real \| \*\*75.0 \[", text, re.M)
+    assert sorted(shown) == ["b/p.json", "good", "name?\\|", "p"]
+    left_out = " ".join(record.getMessage() for record in caplog.records)
+    for name in ("unfinished", "foreign0", "foreign5", "cut", "other"):
+        assert name in left_out and name not in text
+    assert [row["step"] for row in page_data(tmp_path)["runs"]["good"]["log"]] == [*range(1, 9)]
 
 
 def test_nothing_in_the_data_ends_the_slot_or_stands_for_it(tmp_path):
@@ -266,84 +227,58 @@ def test_nothing_in_the_data_ends_the_slot_or_stands_for_it(tmp_path):
         "choices": [HOSTILE, "cat"],
         "answer": HOSTILE,
     }
-    for run in ("DATA", "TABLES", "CURVES", "\\g<1>", "<script>"):
+    for run in ("DATA", "\\g<1>", "<script>"):
         write_run(tmp_path / run, rows)
+        write_lines(tmp_path / run / "log.jsonl", [{"step": 1}])
         write_lines(
             tmp_path / run / "samples.jsonl", [{"step": 1, "question": HOSTILE, "responses": [HOSTILE]}]
         )
     report(tmp_path)
     page = (tmp_path / "report.html").read_text()
     template = report_module.TEMPLATE.read_text()
-    tags = re.compile(r"</?script[^>]*>")
-    assert tags.findall(page) == tags.findall(template)
-    assert "\u2028" not in page and "innerHTML" not in page
     outside = re.sub(r'(id="data">).*?(</script>)', r"\1\2", page, flags=re.S)
     assert outside == re.sub(r'(id="data">).*?(</script>)', r"\1\2", template, flags=re.S)
     assert "http" not in outside.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
+    assert "\u2028" not in page and "innerHTML" not in page
     data = page_data(tmp_path)
-    assert "DATA" in data["samples"] and "sample" not in data
-    assert any(question["question"] == HOSTILE for question in data["questions"]["mmau-mini"]["questions"])
+    assert "DATA" in data["runs"] and "sample" not in data
+    assert data["questions"]["mmau-mini"]["q0"]["question"] == HOSTILE
 
 
-def test_clips_are_found_from_the_page(tmp_path):
+def test_clips_are_found_from_the_page_and_it_stays_small(tmp_path):
     name = os.fsdecode(b"caf\xe9 #1?.wav")
-    (tmp_path / "clips").mkdir()
-    (tmp_path / "clips" / name).write_bytes(b"RIFF")
-    row = {"step": 3, "k": 0, "question": "?", "audio": str(tmp_path / "clips" / name)}
-    write_run(tmp_path / "results" / "run", mmau_rows(), audio_dir=str(tmp_path / "clips"))
-    write_lines(tmp_path / "results" / "run" / "samples.jsonl", [row])
+    sample = {
+        "question": "What?" * 9,
+        "choices": ["dog"] * 4,
+        "responses": ["dog" * 60] * 4,
+        "audio": str(tmp_path / "clips" / name),
+    }
+    run = tmp_path / "results" / "run"
+    rows = mmau_rows(1000)
+    rows[1]["raw_output"] = "<think>" + "It barks. " * 200 + "</think><answer>dog</answer>"
+    write_run(run, rows, audio_dir=str(tmp_path / "clips"))
+    write_lines(run / "samples.jsonl", [sample | {"step": i} for i in range(1, 2001)])
+    write_lines(run / "log.jsonl", [STEP | {"step": i, "seconds_wait": 0.25} for i in range(2000)])
     report(tmp_path / "results")
     data = page_data(tmp_path / "results")
-    assert data["samples"]["run"][0]["audio"] == "../clips/caf%E9%20%231%3F.wav"
-    assert data["questions"]["mmau-mini"]["questions"][0]["audio"].startswith("../clips/")
-
-
-def test_the_learning_table_shows_a_reward_that_rises_alone(tmp_path):
-    rows = []
-    for i in range(1, 101):
-        rows.append(
-            {"step": i, "loss": 0.0, "reward": i / 100, "official": 1 - i / 100, "hedged": i / 100, "kl": 0.0}
-        )
-        if i % 50 == 0:
-            rows.append({"step": i, "eval_accuracy": 1 - i / 200, "eval_low": 0.2, "eval_high": 0.9})
-    write_lines(tmp_path / "run" / "log.jsonl", rows)
-    text = report(tmp_path)
-    assert "| run | 0.105 → 0.905 | 0.895 → 0.095 | 0.105 → 0.905 | 0.000 → 0.000 | 0.750 → 0.500 |" in text
+    samples = data["runs"]["run"]["samples"]
+    assert samples[0]["audio"] == "../clips/caf%E9%20%231%3F.wav" and samples[-1]["step"] == 2000
+    assert 100 <= len(samples) <= 200 and data["runs"]["run"]["seconds"] == 500
+    assert data["questions"]["mmau-mini"]["q0"]["audio"].startswith("../clips/")
+    assert data["results"][0]["said"][1][1].endswith("It barks. </think><answer>dog</answer>")
+    assert (tmp_path / "results" / "report.html").stat().st_size < 1_000_000
 
 
 def test_scores_go_into_the_model_card_once(tmp_path):
     write_run(tmp_path / "run", mmau_rows())
     card = tmp_path / "run" / "model" / "README.md"
     card.parent.mkdir()
-    card.write_text("# A model\n\n<!-- scores -->\n\n## Recipe\n")
+    card.write_text(f"# A model\n\n{weights.SCORES_HERE}\n\n## Recipe\n")
     report(tmp_path)
     first = card.read_text()
     report(tmp_path)
     assert card.read_text() == first and first.count("| run | mmau-mini | real | **75.0 [") == 1
-    assert first.startswith("# A model\n\n<!-- scores -->\n") and first.endswith("\n\n## Recipe\n")
-    card.write_bytes(b"\xff")  # somebody's
-    assert "75.0" in report(tmp_path) and card.read_bytes() == b"\xff"
-
-
-def test_a_tagged_answer_is_shown_whole_and_scored_by_what_it_ends_in(tmp_path):
-    rows = mmau_rows(1, right=lambda i: True)
-    rows[0]["raw_output"] = "<think>" + "It barks. " * 200 + "</think><answer>dog</answer>"
-    write_run(tmp_path / "base-omni-think", rows)
-    assert "| Zero-Shot-CoT (not in the paper) | **100.0 [" in report(tmp_path)
-    said = page_data(tmp_path)["questions"]["mmau-mini"]["questions"][0]["said"]["0"]
-    assert said.endswith("It barks. </think><answer>dog</answer>") and len(said) < 1000
-
-
-def test_a_large_folder_gives_a_page_of_reasonable_size(tmp_path):
-    write_run(tmp_path / "run", mmau_rows(1000))
-    sample = {"step": 1, "question": "What is it?" * 5, "choices": ["dog"] * 4, "responses": ["dog" * 60] * 4}
-    write_lines(tmp_path / "run" / "samples.jsonl", [sample | {"step": i} for i in range(1, 2001)])
-    write_lines(
-        tmp_path / "run" / "log.jsonl", [{"step": i, "reward": 0.5, "seconds_wait": 0.1} for i in range(2000)]
-    )
-    report(tmp_path)
-    assert [row["step"] for row in page_data(tmp_path)["samples"]["run"]][::199] == [1, 2000]
-    assert (tmp_path / "report.html").stat().st_size < 1_000_000
+    assert first.startswith(f"# A model\n\n{weights.SCORES_HERE}\n") and first.endswith("\n\n## Recipe\n")
 
 
 # ------------------------------------------------------------------------------------------------- the page
@@ -353,63 +288,99 @@ def drawn(page, *actions):
     """{id: tree} of what the page's script draws, under node with a stand-in document."""
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
-    command = ["node", str(SCRIPTS / "page.js"), str(page), json.dumps(actions)]
+    command = ["node", str(HERE / "scripts" / "page.js"), str(page), json.dumps(actions)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def texts(tree):
+def words(tree):
     """All texts of a tree, in order."""
-    if isinstance(tree, str):
-        return [tree]
-    return [text for child in tree[2:] for text in texts(child)]
+    return tree if isinstance(tree, str) else " ".join(words(child) for child in tree[2:])
 
 
 def elements(tree, tag):
-    """All elements of a tree with that tag, as (attributes, text)."""
+    """All elements of a tree with that tag."""
     if isinstance(tree, str):
         return []
-    own = [(tree[1], " ".join(texts(tree)))] if tree[0] == tag else []
-    return own + [found for child in tree[2:] for found in elements(child, tag)]
+    return [tree] * (tree[0] == tag) + [found for child in tree[2:] for found in elements(child, tag)]
 
 
 def test_the_template_opens_by_itself_with_sample_data():
     page = drawn(report_module.TEMPLATE)
-    assert "Sample data" in texts(page["about"])[0] and len(elements(page["curve-panels"], "svg")) == 5
-    for name in ("table-list", "group-table", "sample", "list"):
-        assert len(texts(page[name])) > 5, name
-    assert "a-gamed-run: the reward moved by" in texts(page["curve-warnings"])[0]
+    assert "Sample data" in words(page["about"]) and len(elements(page["curve-panels"], "svg")) == 5
+    for name in ("cards", "table-list", "group-table", "sample", "list"):
+        assert len(words(page[name])) > 50, name
+    assert "the reward moved by" in words(page["cards"])
+
+
+def test_the_first_screen_says_whether_each_run_worked(tmp_path):
+    """Cards: base -> trained and whether chance explains it, does it listen, and what is not healthy."""
+    about = {"model": "base-7B", "parameters": 8_900_000_000, "layout": "reshard", "steps": 100}
+    steps = [STEP | {"step": i, "reward": 0.5, "seconds_update": 36.0} for i in range(1, 101)]
+    runs = {"good": {}, "gamed": {}, "deaf": {"frac_reward_zero_std": 1.0}, "leaps": {}}
+    for run, more in runs.items():
+        write_lines(tmp_path / run / "log.jsonl", [step | more for step in steps])
+        (tmp_path / run / "config.json").write_text(json.dumps(about))
+    write_lines(tmp_path / "gamed" / "log.jsonl", [step | {"reward": step["step"] / 100} for step in steps])
+    write_lines(
+        tmp_path / "leaps" / "log.jsonl",
+        [step | {"kl": 27.9} if step["step"] == 7 else step for step in steps],
+    )
+    write_run(tmp_path / "base-omni", mmau_rows(right=lambda i: i < 10))
+    write_run(tmp_path / "good", mmau_rows(right=lambda i: 5 <= i < 30), model="good/model")
+    write_run(
+        tmp_path / "good", mmau_rows(right=lambda i: i < 20), "eval/none", audio="none", model="good/model"
+    )
+    write_run(tmp_path / "gamed", mmau_rows(right=lambda i: i < 11), model="gamed/model")
+    report(tmp_path)
+    cards = {
+        words(card[2]): words(card)
+        for card in elements(drawn(tmp_path / "report.html")["cards"], "div")
+        if card[1].get("class") == "card"
+    }
+    assert set(cards) == set(runs)  # the base stands on the others'
+    assert (
+        "8.9B parameters · step 100 of 100 · 1.0 h · reshard" in cards["good"] and "healthy" in cards["good"]
+    )
+    assert re.search(r"25\.0 →  62\.5 .* \+37\.5 \[.*\], better, 0 lies outside", cards["good"])
+    assert "with audio 62.5; none 50.0, keeps 80 %" in cards["good"]
+    assert "0 lies within: it may be chance" in cards["gamed"]
+    assert "reward moved by +80.0 points, the official score by 0.0" in cards["gamed"]
+    assert "in 100 steps in a row no group's rewards differ" in cards["deaf"]
+    assert "leaps to 27.9 at step 7" in cards["leaps"]
+    assert sum("healthy" in text for text in cards.values()) == 1
+    text = (tmp_path / "report.md").read_text()
+    assert "| gamed | 0.105 → 0.905 | 0.500 → 0.500 | 0.000 → 0.000 | 0.100 → 0.100 |  |" in text
 
 
 def test_the_page_draws_tables_curves_samples_and_questions(tmp_path):
     rows = mmau_rows(250)
     rows[0]["question"] = HOSTILE
     write_run(tmp_path / "base-omni", rows)
-    write_run(tmp_path / "omni-avqa", mmau_rows(250, right=lambda i: i % 2 == 0)[1:] + rows[:1])
-    steps = [{"step": i, "reward": 0.5, "official": 0.5, "kl": 0.1, "entropy": 1.0} for i in range(1, 200)]
+    after = mmau_rows(250, right=lambda i: i % 2 == 0)[1:] + rows[:1]
+    write_run(tmp_path / "omni-avqa", after, model="omni-avqa/model")
+    steps = [STEP | {"step": i, "reward": 0.5} for i in range(1, 200)]
     steps.append({"step": 100, "eval_accuracy": 0.6, "eval_low": 0.5, "eval_high": 0.7})
     write_lines(tmp_path / "omni-avqa" / "log.jsonl", steps)
-    sample = {
-        "k": 0,
-        "id": "a",
-        "question": HOSTILE,
-        "choices": ["<b>", "cat"],
-        "answer": "<b>",
-        "audio": "x.wav",
-    }
+    (tmp_path / "omni-avqa" / "config.json").write_text('{"model": "base-7B"}')
+    sample = {"id": "a", "question": HOSTILE, "choices": ["<b>", "cat"], "answer": "<b>", "audio": "x.wav"}
     sample |= {"responses": ["<i>", "cat"], "rewards": [1.0, 0.0], "advantages": [0.7, -0.7]}
-    write_lines(tmp_path / "omni-avqa" / "samples.jsonl", [sample | {"step": i} for i in range(1, 6)])
+    samples = [sample | {"step": i} for i in range(1, 6)]
+    samples[0] = samples[0] | {"rewards": [0.0, 0.0]}  # teaches nothing
+    write_lines(tmp_path / "omni-avqa" / "samples.jsonl", samples)
     report(tmp_path)
 
     page = drawn(tmp_path / "report.html")
-    assert "paper 65.9" in " ".join(texts(page["table-list"]))
-    assert {"74.8", "49.6"} <= set(texts(page["group-table"]))  # 187 and 124 of 250
-    assert len(elements(page["curve-panels"], "circle")) == 1 and not texts(page["curve-warnings"])
-    assert texts(page["sample-step"]) == ["step 5, question a"] and HOSTILE in texts(page["sample"])
-    assert elements(page["sample"], "pre")[0][1] == "<i>" and "0.70" in texts(page["sample"])
-    assert elements(page["sample"], "audio")[0][0]["src"].endswith("x.wav")
-    assert texts(page["count"]) == ["250 of 250, 100 shown"] and HOSTILE in texts(page["list"])
+    tables = words(page["table-list"])
+    assert "paper 65.9" in tables and "14 rows of the paper alone" in tables
+    assert {"74.8", "49.6"} <= set(words(page["group-table"]).split())  # 187 and 124 of 250
+    assert len(elements(page["curve-panels"], "circle")) == 1
+    assert words(page["sample-step"]) == "step 2, question a" and HOSTILE in words(page["sample"])
+    assert words(elements(page["sample"], "pre")[0]) == "<i>" and "0.70" in words(page["sample"])
+    assert elements(page["sample"], "audio")[0][1]["src"].endswith("x.wav")
+    differ = sum((i % 4 != 0) != (i % 2 == 0) for i in range(1, 250))
+    assert words(page["count"]) == f"{differ} of 250, 100 shown"
     assert len(elements(page["list"], "audio")) == 100
 
     page = drawn(
@@ -418,20 +389,11 @@ def test_the_page_draws_tables_curves_samples_and_questions(tmp_path):
         ("group", "value", "task: sound", "onchange"),
         ("show", "value", "wrong, right", "onchange"),
     )
-    assert texts(page["sample-step"]) == ["step 2, question a"]
-    wrong_then_right = [i for i in range(1, 250) if i % 3 == 0 and i % 4 == 0]
-    assert texts(page["count"])[0].startswith(f"{len(wrong_then_right)} of 250")
+    assert words(page["sample-step"]) == "step 2, question a"
+    assert words(page["count"]).startswith(f"{sum(i % 12 == 0 for i in range(1, 250))} of 250")
+    page = drawn(
+        tmp_path / "report.html", ("show", "value", "", "onchange"), ("more", "hidden", False, "onclick")
+    )
+    assert words(page["count"]) == "250 of 250, 200 shown" and HOSTILE in words(page["list"])
     page = drawn(tmp_path / "report.html", ("words", "value", "it, 17?", "oninput"))
-    assert texts(page["count"]) == ["1 of 250, 1 shown"]
-    page = drawn(tmp_path / "report.html", ("more", "hidden", False, "onclick"))
-    assert texts(page["count"]) == ["250 of 250, 200 shown"]
-
-
-def test_the_page_warns_of_a_reward_that_rises_without_the_score(tmp_path):
-    for run, official in (("gamed", -1), ("honest", 1)):
-        rows = [{"step": i, "reward": i / 100, "official": 0.5 + official * i / 200} for i in range(1, 101)]
-        write_lines(tmp_path / run / "log.jsonl", rows)
-    write_lines(tmp_path / "short" / "log.jsonl", [{"step": 1, "reward": 0.5}])
-    report(tmp_path)
-    warnings = texts(drawn(tmp_path / "report.html")["curve-warnings"])
-    assert warnings[0].startswith("gamed: the reward moved by +80 points, the official score by -40")
+    assert words(page["count"]) == "1 of 250, 1 shown"

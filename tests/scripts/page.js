@@ -11,6 +11,7 @@ const vm = require("vm");
 class Node {
   constructor(tag) { this.tag = tag; this.attributes = {}; this.children = []; this.checked = false; }
   setAttribute(name, value) { this.attributes[name] = String(value); }
+  prepend(...nodes) { const rest = this.children; this.children = []; this.append(...nodes, ...rest); }
   append(...nodes) { for (const node of nodes) this.children.push(node instanceof Node ? node : String(node)); }
   replaceChildren(...nodes) { this.children = []; this.chosen = undefined; this.append(...nodes); }
   get textContent() { return this.children.map(node => node instanceof Node ? node.textContent : node).join(""); }
