@@ -125,7 +125,12 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is learned from").add_argument
     add("--model", default="Qwen/Qwen2.5-Omni-7B", help="checkpoint folder or hub name")
     add("--data", nargs="+", default=["data/avqa/train_qa.json"], help="question file(s) in any known format")
-    add("--audio_dir", nargs="+", default=[None], help="folder(s) of the clips (None: beside the questions)")
+    add(
+        "--audio_dir",
+        nargs="+",
+        default=[None],
+        help="folder(s) of the clips (None: beside the questions, or in `audio` there)",
+    )
     add("--shares", nargs="+", type=AMOUNT, default=[], help="each file's share of the steps (none: equal)")
     add("--no_audio", action="store_true", help="drop the audio tokens from every prompt (Section IV-E)")
     add("--prompt", choices=list(PROMPTS), default="direct", help="how the answer is asked for")
@@ -184,6 +189,9 @@ def check_arguments(config: argparse.Namespace) -> None:
     if config.group_size < 2:
         raise InputError(f"--group_size {config.group_size}: an advantage needs a group of at least 2")
     files = len(config.data)
+    if config.audio_dir == [None]:  # beside the questions, where fetch.py puts the clips of a set
+        folders = [Path(data).parent / "audio" for data in config.data]
+        config.audio_dir = [str(folder) if folder.is_dir() else None for folder in folders]
     if len(config.audio_dir) not in (1, files):
         raise InputError(f"--audio_dir: {len(config.audio_dir)} folders for {files} files; give 1 or {files}")
     shares = config.shares or [1.0] * files
