@@ -468,7 +468,7 @@ def base_of(result: Result, results: list[Result], runs: dict[str, dict[str, Any
     """What the run was trained from, asked the same in the same way; None where that was not asked."""
     asked = {**result.about, "model": runs.get(result.run, {}).get("model"), "adapter": None}
     for other in results:
-        if all(other.about.get(key) == asked.get(key) for key in ASKED) and asked["model"]:
+        if all(other.about.get(key) == asked.get(key) for key in ASKED):
             return other
     return None
 

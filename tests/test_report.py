@@ -327,6 +327,7 @@ def test_the_first_screen_says_whether_each_run_worked(tmp_path):
         tmp_path / "leaps" / "log.jsonl",
         [step | {"kl": 27.9} if step["step"] == 7 else step for step in steps],
     )
+    write_run(tmp_path / "a-decoy", mmau_rows(), model="another-7B")  # nobody's base
     write_run(tmp_path / "base-omni", mmau_rows(right=lambda i: i < 10))
     write_run(tmp_path / "good", mmau_rows(right=lambda i: 5 <= i < 30), model="good/model")
     write_run(
@@ -339,7 +340,7 @@ def test_the_first_screen_says_whether_each_run_worked(tmp_path):
         for card in elements(drawn(tmp_path / "report.html")["cards"], "div")
         if card[1].get("class") == "card"
     }
-    assert set(cards) == set(runs)  # the base stands on the others'
+    assert set(cards) == {*runs, "a-decoy"}  # the base stands on the others'
     assert (
         "8.9B parameters · step 100 of 100 · 1.0 h · reshard" in cards["good"] and "healthy" in cards["good"]
     )

@@ -251,9 +251,10 @@ def test_one_question_is_explained_and_nothing_is_written(world, tmp_path, capsy
 
 def test_held_out_questions_are_never_trained_on(world):
     """The same ones whatever the seed, and none of them among any step's questions."""
-    loaded, again = (
-        load_questions(parse(arguments(world, hold_out=300, seed=s)), check_clips) for s in (0, 5)
-    )
+    configs = [parse(arguments(world, hold_out=300, seed=seed)) for seed in (0, 5)]
+    configs[1].audio_dir = [None]
+    program.check_arguments(configs[1])  # the same clips, found beside the questions
+    loaded, again = (load_questions(config, check_clips) for config in configs)
     held_out = {question.id for question in loaded.held_out}
     trained = {question.id for file in loaded.files for question in file}
     assert len(held_out) == 300 and not held_out & trained and len(trained) == 300
