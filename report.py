@@ -111,6 +111,14 @@ LEARNED = ["reward", "official", "hedged", "kl", "eval_accuracy"]
 ASKED = ["model", "adapter", "bench", "audio", "prompt", "orders"]  # of P.meta: which model, asked how
 PAPERS_SIZE = 7e9  # parameters
 SAMPLES = 200  # of a run on the page, evenly over its steps
+WINDOW = 20  # steps of a moving average
+DRIFT = 0.05  # by how much reward and official score may part
+LEAP = 10.0  # a KL divergence, in nats a token, that no healthy run has
+SIGNS = {
+    "hedged": "naming several choices",
+    "named_none": "naming none",
+    "completion_length": "tokens of an answer",
+}  # of a reward that is gamed
 LONGEST_ANSWER = 500  # characters of each answer on the page: its end, where <answer> stands
 TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = '<script type="application/json" id="data">'
@@ -271,6 +279,51 @@ def paired(first: list[Question], second: list[Question]) -> dict[str, Any]:
     }
 
 
+# ---------------------------------------------------------------------------------------- is the run healthy?
+
+
+def mean(rows: list[dict], name: str) -> float:
+    return sum(row.get(name, 0.0) for row in rows) / len(rows)
+
+
+def doubts(rows: list[dict], format_weight: float = 0.0) -> dict[str, str]:
+    """What a run's rows of the log give reason to doubt: {name: words}, {} for a healthy run.
+
+    Reward and official score part where their distance has grown by more than DRIFT, from the first 10 steps
+    to the last 20; only the growth counts, and not what --format_weight pays for the form.
+    """
+    found = {}
+    first = rows[: WINDOW // 2]
+    last = rows[-WINDOW:]
+    recent = rows[-WINDOW // 2 :]
+    if len(recent) == WINDOW // 2 and mean(recent, "frac_reward_zero_std") == 1:
+        found["nothing"] = (
+            f"nothing is learned: in {len(recent)} steps no group's rewards differ (reward "
+            f"{mean(recent, 'reward'):.2f}; {mean(recent, 'named_none'):.0%} of the answers name no choice). "
+            "Read samples.jsonl, and try --explain"
+        )
+    for row in rows:
+        if row["kl"] > LEAP:
+            words = f"the KL divergence leaps to {row['kl']:.1f} at step {row['step']}"
+            found["leap"] = f"{words}: a smaller --lr, or a larger --beta"
+    if len(rows) < WINDOW:
+        return found
+    gaps = []
+    for some in (first, last):
+        form = format_weight * mean(some, "asked_form")
+        gaps.append(mean(some, "reward") - form - mean(some, "official"))
+    if gaps[1] - gaps[0] > DRIFT:
+        signs = []
+        for name, what in SIGNS.items():
+            signs.append(f"{what} {mean(first, name):.2f} -> {mean(last, name):.2f}")
+        found["drift"] = (
+            f"reward and score part: over the last {WINDOW} steps the reward is {mean(last, 'reward'):.2f}, "
+            f"but the benchmarks' rule finds {mean(last, 'official'):.2f} of the answers right "
+            f"({'; '.join(signs)}). Read samples.jsonl; --reward official pays what the score counts"
+        )
+    return found
+
+
 # ------------------------------------------------------------------------------------------- a folder of runs
 
 
@@ -334,7 +387,10 @@ def read_run(file: Path) -> tuple[str, dict[str, Any]]:
     run: dict[str, Any] = {name: about.get(name) for name in ("model", "parameters", "layout", "steps")}
     run["log"] = []
     run["seconds"] = 0.0
-    for row in rows_of(file):
+    rows = rows_of(file)
+    steps = [row for row in rows if "kl" in row]  # not the held-out scores
+    run["doubts"] = list(doubts(steps, about.get("format_weight") or 0.0).values())
+    for row in rows:
         run["log"].append({key: float(row[key]) for key in CURVES.split() if key in row})
         run["seconds"] += sum(row[key] for key in row if key.startswith("seconds"))
     samples = rows_of(file.with_name("samples.jsonl"))
