@@ -17,26 +17,27 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
-from data import Question, read_questions
+from data import Question, questions_hash, read_questions
 from files import InputError, first_line, parse_json, read_text, rows_of, write_text
 from reward import string_match
 
 log = logging.getLogger("omni_r1")
 
-# model | method | our run that fills the row, or - | the paper's numbers, column by column. A row of - alone
-# is not the paper's, and is there once it was run.
+# Each table's head: "benchmark audio group" of its columns. Its rows: model | method | our run that fills it,
+# or - | the paper's numbers. A row of - alone is not the paper's, and is there once it was run.
 PAPER = {
-    "I": """
+    "Table I: MMAU (original)": """
+model | method | run | mmau-mini real task: sound, mmau-mini real task: music, \
+mmau-mini real task: speech, mmau-mini real all, mmau-full real task: sound, mmau-full real task: music, \
+mmau-full real task: speech, mmau-full real all
 - | Human [4] | - | 86.3 78.2 82.2 82.2 - - - -
 Audio Flamingo 2 | Direct Inference [13] | audio-flamingo-2 | 61.6 74.0 30.9 55.5 65.1 72.9 40.3 59.4
 Phi-4 Multi-Modal | Direct Inference [14] | phi-4-multimodal | 61.0 52.9 52.8 55.6 - - - -
@@ -57,7 +58,10 @@ Qwen2-Audio-7B-Instruct | AVQA (not in the paper) | qwen2audio-avqa | - - - - - 
 Qwen2.5-Omni-7B | Zero-Shot-CoT (not in the paper) | base-omni-think | - - - - - - - -
 Qwen2.5-Omni-7B | Omni-R1 (AVQA), LoRA (not in the paper) | omni-avqa-lora | - - - - - - - -
 Qwen2.5-Omni-7B | Omni-R1 (AudioMCQ) (not in the paper) | omni-audiomcq | - - - - - - - -""",
-    "II": """
+    "Table II: MMAU (v05.15.25)": """
+model | method | run | mmau-mini-v2 real task: sound, mmau-mini-v2 real task: music, \
+mmau-mini-v2 real task: speech, mmau-mini-v2 real all, mmau-full-v2 real task: sound, \
+mmau-full-v2 real task: music, mmau-full-v2 real task: speech, mmau-full-v2 real all
 Qwen2.5-Omni-7B | Direct Inference [2] | - | - - - - 74.7 68.6 76.0 73.1
 Qwen2.5-Omni-7B | Reproduced | base-omni | 78.1 65.9 70.6 71.5 74.9 68.0 72.4 71.8
 Qwen2.5-Omni-7B | Omni-R1 (AVQA) | omni-avqa | 82.0 70.1 75.4 75.8 77.8 69.1 76.3 74.4
@@ -66,7 +70,10 @@ Qwen2.5-Omni-7B | Omni-R1 (VGGS-GPT) | omni-vggs-gpt | 81.7 73.4 76.0 77.0 78.3 
 Qwen2.5-Omni-7B | Zero-Shot-CoT (not in the paper) | base-omni-think | - - - - - - - -
 Qwen2.5-Omni-7B | Omni-R1 (AVQA), LoRA (not in the paper) | omni-avqa-lora | - - - - - - - -
 Qwen2.5-Omni-7B | Omni-R1 (AudioMCQ) (not in the paper) | omni-audiomcq | - - - - - - - -""",
-    "III": """
+    "Table III: MMAR": """
+model | method | run | mmar real modality: sound, mmar real modality: music, mmar real modality: speech, \
+mmar real modality: mix-sound-music, mmar real modality: mix-sound-speech, \
+mmar real modality: mix-music-speech, mmar real modality: mix-sound-music-speech, mmar real all
 Gemini 2.0 Flash | Direct Inference [29] | gemini-2.0-flash | 61.2 51.0 72.1 81.8 72.5 65.9 70.8 65.6
 GPT-4o Audio | Direct Inference [30] | gpt-4o-audio | 53.9 51.0 70.4 63.6 72.5 62.2 75.0 63.5
 Qwen2-Audio-7B-Instruct | Direct Inference [8] | base-qwen2audio | 33.3 24.3 32.3 9.1 31.2 30.5 25.0 30.0
@@ -81,7 +88,8 @@ Qwen2-Audio-7B-Instruct | R1-AQA (not in the paper) | qwen2audio-r1aqa | - - - -
 Qwen2.5-Omni-7B | Zero-Shot-CoT (not in the paper) | base-omni-think | - - - - - - - -
 Qwen2.5-Omni-7B | Omni-R1 (AVQA), LoRA (not in the paper) | omni-avqa-lora | - - - - - - - -
 Qwen2.5-Omni-7B | Omni-R1 (AudioMCQ) (not in the paper) | omni-audiomcq | - - - - - - - -""",
-    "IV": """
+    "Table IV: Fine-tuning with and without audio, MMAU test-mini (none: asked without audio)": """
+model | method | run | mmau-mini real all, mmau-mini none all
 Qwen2-Audio | - | base-qwen2audio | 52.7 30.5
 Qwen2-Audio | AVQA, with audio | qwen2audio-avqa | 63.2 44.6
 Qwen2-Audio | AVQA, without audio | qwen2audio-avqa-noaudio | 58.8 42.4
@@ -93,39 +101,30 @@ Qwen2.5-Omni | ARC-Easy, without audio | omni-arc | 68.2 51.7
 Qwen2.5-Omni | Omni-R1 (AVQA), LoRA (not in the paper) | omni-avqa-lora | - -
 Qwen2.5-Omni | Omni-R1 (AudioMCQ) (not in the paper) | omni-audiomcq | - -""",
 }
-# table | title | its columns: benchmarks x audio at inference x groups
-TABLES = """
-I | MMAU (original) | mmau-mini mmau-full | real | sound music speech all
-II | MMAU (v05.15.25) | mmau-mini-v2 mmau-full-v2 | real | sound music speech all
-III | MMAR | mmar | real | sound music speech mix-sound-music mix-sound-speech mix-music-speech mix-sound-music-speech all
-IV | Fine-tuning with and without audio, MMAU test-mini (none: asked without audio) | mmau-mini | real none | all"""  # noqa: E501
 # The columns that the formats' own scripts group by
 GROUPS = """
 task modality task_name difficulty category sub-category length_type question_type source_dataset dataset_name
 audio-contribution sub-sub-category linguistics_sub_discipline perceptual_skills reasoning_skills"""
 ANSWER_KEYS = ["answer_prediction", "model_prediction", "model_output"]  # the first that a row has counts
+HEARD = ["real", "silence", "none", "swap"]  # evaluate.py --audio
 CURVES = """
 step reward official hedged named_none kl entropy completion_length cut_ratio frac_reward_zero_std
 eval_accuracy eval_low eval_high"""
-LEARNED = ["reward", "official", "hedged", "kl", "eval_accuracy"]
 ASKED = ["model", "adapter", "bench", "audio", "prompt", "orders"]  # of P.meta: which model, asked how
 PAPERS_SIZE = 7e9  # parameters
+RESAMPLED = 2000  # times, by a bootstrap
 SAMPLES = 200  # of a run on the page, evenly over its steps
 WINDOW = 20  # steps of a moving average
 DRIFT = 0.05  # by how much reward and official score may part
 LEAP = 10.0  # a KL divergence, in nats a token, that no healthy run has
-SIGNS = {
-    "hedged": "naming several choices",
-    "named_none": "naming none",
-    "completion_length": "tokens of an answer",
-}  # of a reward that is gamed
 LONGEST_ANSWER = 500  # characters of each answer on the page: its end, where <answer> stands
 TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = '<script type="application/json" id="data">'
 SCORES_HERE = "<!-- scores -->"  # in a model card: weights.py's, which imports torch
 
 Accuracy = tuple[float, float, float, int]  # share, its interval's low and high end, number of questions
-Scores = dict[tuple[str, str], Accuracy]  # by (column, group); ("all", "all") is the average
+Scores = dict[str, Accuracy | str]  # of "all" and of each group, as "task: music"
+Table = tuple[str, list[str], list[list]]  # title, columns, rows of cells (see `cell_text`)
 
 
 # ------------------------------------------------------------------------------------------------- statistics
@@ -137,26 +136,18 @@ def wilson(right: float, total: int) -> tuple[float, float]:
     share = right / total
     spread = z * z / total
     middle = share + spread / 2
-    variance = share * (1 - share) / total
-    half = z * math.sqrt(variance + spread / (4 * total))
+    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
     low = (middle - half) / (1 + spread)
     high = (middle + half) / (1 + spread)
     return max(0.0, low), min(1.0, high)
 
 
-def bootstrap(values: Sequence[float], repeats: int = 2000, *, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of (n,) values, one a question, over resampled questions."""
-    rng = np.random.default_rng(seed)
-    means = [rng.choice(values, len(values)).mean() for _ in range(repeats)]
-    low, high = np.percentile(means, [2.5, 97.5])
+def bootstrap(values: Sequence, statistic: Callable = np.mean) -> tuple[float, float]:
+    """95 % percentile interval of a statistic of (n, ...) values, one row a question, over resampled rows."""
+    rng = np.random.default_rng(0)
+    found = [statistic(rng.choice(values, len(values))) for _ in range(RESAMPLED)]
+    low, high = np.percentile(found, [2.5, 97.5])
     return low, high
-
-
-def mcnemar(better: int, worse: int) -> float:
-    """Exact two-sided p-value that a change which mended `better` and broke `worse` answers is by chance."""
-    n = better + worse
-    ways = sum(math.comb(n, k) for k in range(min(better, worse) + 1))
-    return min(1.0, 2 * ways / 2**n)
 
 
 def percent(share: float, low: float, high: float, *_: int) -> str:
@@ -172,54 +163,52 @@ def answers(question: Question) -> list[str]:
     for key in ANSWER_KEYS:
         if key in row:
             return row.get("order_predictions") or [str(row[key] or "")]
-    return [""]
+    raise InputError(f"question {question.id} has no prediction: give what evaluate.py --out wrote")
+
+
+def rights(question: Question) -> list[bool]:
+    """Which of these answers are right, by the official rule."""
+    return [string_match(question.answer, text, question.choices) for text in answers(question)]
 
 
 def correct(question: Question) -> float:
-    """Share of the orders in which the question was answered right, by the official rule; 0 or 1 for one."""
-    right = [string_match(question.answer, text, question.choices) for text in answers(question)]
-    return sum(right) / len(right)
+    """Share of the orders in which the question was answered right; 0 or 1 for one."""
+    return float(np.mean(rights(question)))
 
 
-def read_predictions(path: Path | str, audio_dir: str | None = None) -> list[Question]:
-    """Questions with the answers given in their rows. Raises InputError if no row has one."""
-    questions = read_questions(path, audio_dir)
-    for question in questions:
-        if not question.meta["source"].keys().isdisjoint(ANSWER_KEYS):
-            return questions
-    raise InputError(f"{path} holds questions without predictions: give what evaluate.py --out wrote")
-
-
-def groups_of(question: Question) -> list[tuple[str, str]]:
-    """The (column, group) pairs that a question counts in. A row may give its group in a list."""
-    found = [("all", "all")]
+def groups_of(question: Question) -> list[str]:
+    """The groups that a question counts in. A row may give its group in a list."""
+    found = ["all"]
     for column in GROUPS.split():
         names = question.meta["source"].get(column) or []
         if not isinstance(names, list):
             names = [names]
-        found += [(column, str(name)) for name in names]
+        found += [f"{column}: {name}" for name in names]
     return found
 
 
-def score_questions(questions: list[Question]) -> Scores:
-    """The accuracy in each group that the rows name, the average first; {} where the answers are hidden.
-
-    Wilson's interval, or a bootstrap over questions where they were asked in several orders.
-    """
-    values: dict[tuple[str, str], list[float]] = {}
-    several = False
-    for question in questions:
-        if question.answer is None:
-            return {}
-        value = correct(question)
-        several = several or len(answers(question)) > 1
+def by_group(questions: list[Question]) -> dict[str, list[int]]:
+    """The places of each group's questions; of all, the first."""
+    groups = {}
+    for i, question in enumerate(questions):
         for group in groups_of(question):
-            values.setdefault(group, []).append(value)
+            groups.setdefault(group, []).append(i)
+    return dict(sorted(groups.items()))
+
+
+def score_questions(questions: list[Question]) -> Scores:
+    """The accuracy in each group. Wilson's interval, or a bootstrap where several orders were asked."""
+    several = len(answers(questions[0])) > 1
+    if questions[0].answer is None:
+        return {"all": "answers hidden"}
+    shares = np.array([correct(question) for question in questions])
     scores = {}
-    for group, shares in sorted(values.items()):
-        total = sum(shares)
-        interval = bootstrap(shares) if several else wilson(total, len(shares))
-        scores[group] = (total / len(shares), *interval, len(shares))
+    for group, places in by_group(questions).items():
+        some = shares[places]
+        interval = wilson(some.sum(), len(some))
+        if several:
+            interval = bootstrap(some)
+        scores[group] = (some.mean(), *interval, len(some))
     return scores
 
 
@@ -228,55 +217,46 @@ def summary_lines(path: Path | str) -> list[str]:
 
     Raises InputError if the right answers are hidden.
     """
-    questions = read_predictions(path)
-    lines = []
-    for (column, group), numbers in score_questions(questions).items():
-        name = "average" if column == "all" else f"{column}: {group}"
-        lines.append(f"{name:45} {percent(*numbers)}  n = {numbers[3]}")
-    if not lines:
+    questions = read_questions(path)
+    if questions[0].answer is None:
         raise InputError(f"{path} holds no right answers (test-full): send it to the benchmark's server")
+    lines = []
+    for group, numbers in score_questions(questions).items():
+        lines.append(f"{group:45} {percent(*numbers)}  n = {numbers[3]}")
     given = [answers(question) for question in questions]
-    alike = [len(set(texts)) == 1 for texts in given if len(texts) > 1]
-    if alike:
-        same = sum(alike)
-        share = percent(same / len(alike), *wilson(same, len(alike)))
-        lines.append(f"answered the same way in all orders: {share}")
+    if len(given[0]) > 1:
+        alike = sum(len(set(texts)) == 1 for texts in given)
+        lines.append(f"answered the same way in all orders: {alike} of {len(given)}")
     empty = sum(not texts[0] for texts in given)
     if empty:
         lines.append(f"{empty} of {len(given)} answers are empty, counted as wrong")
     return lines
 
 
+def side_by_side(files: list[list[Question]]) -> list[tuple[Question, ...]]:
+    """Each question as the files have it. Raises InputError for other questions or hidden answers."""
+    if any(questions[0].answer is None for questions in files):
+        raise InputError("these questions hide their answers, so there is nothing to compare")
+    ordered = [sorted(questions, key=lambda question: question.id) for questions in files]
+    if len(set(map(questions_hash, ordered))) > 1:
+        raise InputError("these files are not of the same questions")
+    return list(zip(*ordered, strict=True))
+
+
+def paired(first: list[Question], second: list[Question]) -> np.ndarray:
+    """(n, 2): two models' shares of right answers to each question. Raises InputError."""
+    return np.array([list(map(correct, same)) for same in side_by_side([first, second])])
+
+
 def compare(first: Path | str, second: Path | str) -> str:
     """The paired difference of two predictions files of one benchmark, as text. Raises InputError."""
-    found = paired(read_predictions(first), read_predictions(second))
-    shares = [f"{100 * share:.1f}" for share in found["shares"]]
+    shares = paired(read_questions(first), read_questions(second))
+    before, after = 100 * shares.mean(0)
+    gains = np.diff(shares)  # (n, 1)
     return (
-        f"{' -> '.join(shares)}, difference {percent(*found['difference'])}; {found['better']} better, "
-        f"{found['worse']} worse of {found['n']}, McNemar p = {found['p']:.3g}"
+        f"{before:.1f} -> {after:.1f}, difference {percent(gains.mean(), *bootstrap(gains))}; "
+        f"{(gains > 0).sum()} better, {(gains < 0).sum()} worse of {len(gains)}"
     )
-
-
-def paired(first: list[Question], second: list[Question]) -> dict[str, Any]:
-    """Two models' answers to the same questions: what of them differs. Raises InputError."""
-    if first[0].answer is None:
-        raise InputError("these questions hide their answers, so there is nothing to compare")
-    before = {question.id: correct(question) for question in first}
-    after = {question.id: correct(question) for question in second}
-    differ = before.keys() ^ after.keys()
-    if differ:
-        raise InputError(f"these files are not of the same questions ({len(differ)} differ)")
-    gains = np.array([after[name] - before[name] for name in before])
-    better = int((gains > 0).sum())
-    worse = int((gains < 0).sum())
-    return {
-        "shares": [np.mean(list(before.values())), np.mean(list(after.values()))],
-        "difference": [gains.mean(), *bootstrap(gains)],
-        "better": better,
-        "worse": worse,
-        "n": len(gains),
-        "p": mcnemar(better, worse),
-    }
 
 
 # ---------------------------------------------------------------------------------------- is the run healthy?
@@ -313,13 +293,13 @@ def doubts(rows: list[dict], format_weight: float = 0.0) -> dict[str, str]:
         form = format_weight * mean(some, "asked_form")
         gaps.append(mean(some, "reward") - form - mean(some, "official"))
     if gaps[1] - gaps[0] > DRIFT:
-        signs = []
-        for name, what in SIGNS.items():
-            signs.append(f"{what} {mean(first, name):.2f} -> {mean(last, name):.2f}")
         found["drift"] = (
             f"reward and score part: over the last {WINDOW} steps the reward is {mean(last, 'reward'):.2f}, "
-            f"but the benchmarks' rule finds {mean(last, 'official'):.2f} of the answers right "
-            f"({'; '.join(signs)}). Read samples.jsonl; --reward official pays what the score counts"
+            f"but the benchmarks' rule finds {mean(last, 'official'):.2f} of the answers right (naming "
+            f"several {mean(first, 'hedged'):.2f} -> {mean(last, 'hedged'):.2f}, naming none "
+            f"{mean(first, 'named_none'):.2f} -> {mean(last, 'named_none'):.2f}, tokens of an answer "
+            f"{mean(first, 'completion_length'):.2f} -> {mean(last, 'completion_length'):.2f}). Read "
+            "samples.jsonl; --reward official pays what the score counts"
         )
     return found
 
@@ -333,70 +313,57 @@ class Result:
 
     run: str
     bench: str
-    audio: str  # what was heard: real, none, silence, swap
+    audio: str  # one of HEARD
     path: Path
-    about: dict[str, Any]  # its .meta
+    about: dict  # its .meta
     questions: list[Question]
     scores: Scores
 
-    @property
-    def place(self) -> tuple[str, str, str]:
-        return self.run, self.bench, self.audio
 
-    @property
-    def average(self) -> Accuracy | str:
-        return self.scores.get(("all", "all"), "answers hidden")
-
-
-def readable(paths: Iterable[Path], read: Callable) -> Iterator[Any]:
+def readable(paths: Iterable[Path], read: Callable, folder: Path) -> list:
     """What `read` makes of each file; another program's, a damaged or unfinished one is named and left."""
+    found = []
     for path in sorted(paths):
         try:
-            yield read(path)
+            found.append(read(path, folder))
         except Exception as error:
             log.warning("left out: %s: %s", path, first_line(error))
+    return found
 
 
-def find_results(folder: Path) -> list[Result]:
-    """Every predictions file under `folder`, told by its .meta; what was heard comes first."""
-    results: dict[tuple, Result] = {}
-    for result in readable(folder.rglob("*.meta"), read_result):
-        if result.place in results:  # a/p.json, b/p.json: no prediction hides another
-            result = replace(result, run=str(result.path.relative_to(folder)))
-        results[result.place] = result
-    return sorted(results.values(), key=lambda result: result.audio != "real")
+def run_name(path: Path, folder: Path) -> str:
+    """A run's place in the results' folder; that folder's own name where it is the run itself."""
+    name = os.path.relpath(path, folder)
+    return folder.name if name == "." else name
 
 
-def read_result(meta: Path) -> Result:
-    """RUN/eval/BENCH.AUDIO.json is RUN's; a predictions file of any other name gives the run its own."""
+def read_result(meta: Path, folder: Path) -> Result:
+    """RUN/eval/BENCH.AUDIO.json is RUN's; a predictions file elsewhere is a run of its own."""
     about = parse_json(read_text(meta))
     path = meta.with_suffix(".json")
     if not path.is_file():
         path = meta.with_suffix("")  # predictions of another ending: P.txt and P.txt.meta
-    questions = read_predictions(path, about.get("audio_dir") or os.path.dirname(about.get("data") or ""))
-    run = path.parent.parent.name if path.parent.name == "eval" else path.stem
+    questions = read_questions(path, about["audio_dir"] or os.path.dirname(about["data"]))
+    run = path.parent.parent if path.parent.name == "eval" else path.with_suffix("")
     scores = score_questions(questions)
-    return Result(run, about["bench"], about["audio"], path, about, questions, scores)
+    return Result(run_name(run, folder), about["bench"], about["audio"], path, about, questions, scores)
 
 
-def read_run(file: Path) -> tuple[str, dict[str, Any]]:
-    """(name, what is drawn) of the run whose log.jsonl this is."""
-    about = {}
-    if file.with_name("config.json").exists():
-        about = parse_json(read_text(file.with_name("config.json")))
-    run: dict[str, Any] = {name: about.get(name) for name in ("model", "parameters", "layout", "steps")}
-    run["log"] = []
-    run["seconds"] = 0.0
+def read_run(file: Path, folder: Path) -> tuple[str, dict]:
+    """(name, its arguments and what is drawn) of the run whose log.jsonl this is."""
+    run = parse_json(read_text(file.with_name("config.json")))
+    run["parameters"] = int(run["parameters"])  # another program's config has none
     rows = rows_of(file)
     steps = [row for row in rows if "kl" in row]  # not the held-out scores
-    run["doubts"] = list(doubts(steps, about.get("format_weight") or 0.0).values())
-    for row in rows:
-        run["log"].append({key: float(row[key]) for key in CURVES.split() if key in row})
-        run["seconds"] += sum(row[key] for key in row if key.startswith("seconds"))
+    run["doubts"] = list(doubts(steps, run.get("format_weight", 0.0)).values())
+    run["seconds"] = sum(row[key] for row in rows for key in row if key.startswith("seconds"))
+    run["log"] = [{key: float(row[key]) for key in CURVES.split() if key in row} for row in rows]
     samples = rows_of(file.with_name("samples.jsonl"))
     stride = len(samples) // SAMPLES + 1
     run["samples"] = samples[::-stride][::-1]
-    return file.parent.name, run
+    for sample in run["samples"]:
+        sample["audio"] = clip_link(sample.get("audio"), folder)
+    return run_name(file.parent, folder), run
 
 
 def clip_link(path: str | None, folder: Path) -> str | None:
@@ -404,79 +371,55 @@ def clip_link(path: str | None, folder: Path) -> str | None:
     return quote(os.fsencode(os.path.relpath(path, folder))) if path else None
 
 
-# --------------------------------------------------------------------------------------------- what is drawn
+# ------------------------------------------------------------------------------------------------- the tables
 
 
-def fields_of(table: str) -> list[list[str]]:
-    """The fields of each row of a table of PAPER, and of TABLES."""
-    return [line.split(" | ") for line in table.strip().splitlines()]
-
-
-def paper_tables(results: list[Result]) -> list[dict[str, Any]]:
-    """Tables I-IV as {"title", "columns", "rows"}. A cell is a text, or [ours, the paper's number or "-"].
-
-    Ours is an Accuracy, a text that says why there is none, or None for what was not run.
-    """
-    ours: dict[tuple, Accuracy | str] = {}
+def paper_tables(results: list[Result]) -> list[Table]:
+    """Tables I-IV, without the rows of which neither the paper nor we have a number."""
+    ours = {}
     for result in results:
-        ours[(*result.place, "all")] = result.average
-        for (column, group), numbers in result.scores.items():
-            if column in ("task", "modality"):
-                ours[(*result.place, group)] = numbers
+        for group, numbers in result.scores.items():
+            ours[result.run, f"{result.bench} {result.audio} {group}"] = numbers
     tables = []
-    for name, title, benches, heard, groups in fields_of(TABLES):
-        columns = list(product(benches.split(), heard.split(), groups.split()))
+    for title, text in PAPER.items():
+        head, *published = [line.split(" | ") for line in text.strip().splitlines()]
+        columns = head[3].split(", ")
         rows = []
-        for model, method, run, published in fields_of(PAPER[name]):
+        for model, method, run, numbers in published:
             cells = []
-            for column, number in zip(columns, published.split(), strict=True):
-                cells.append([ours.get((run, *column)), number])
+            for column, number in zip(columns, numbers.split(), strict=True):
+                cells.append([ours.get((run, column)), number])
             if cells.count([None, "-"]) < len(cells):
                 rows.append([model, method, *cells])
-        heads = [" ".join(column).replace(" real", "") for column in columns]
-        tables.append(
-            {"title": f"Table {name}: {title}", "columns": ["model", "method", *heads], "rows": rows}
-        )
+        tables.append((title, ["model", "method", *columns], rows))
     return tables
 
 
-def results_table(results: list[Result]) -> dict[str, Any]:
-    rows = []
+def results_table(results: list[Result]) -> Table:
+    """A row a run and benchmark: its averages by what was heard."""
+    heard = {}
     for result in results:
-        empty = sum(not answers(question)[0] for question in result.questions)
-        rows.append([*result.place, [result.average, "-"], str(empty)])
-    heads = ["run", "benchmark", "audio", "average", "without an answer"]
-    return {"title": "All runs", "columns": heads, "rows": rows}
-
-
-def curves_table(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Means of the first and the last 20 rows (or quarter) of each run that have the number."""
+        heard.setdefault((result.run, result.bench), {})[result.audio] = result
     rows = []
-    for run, found in runs.items():
-        cells = [run]
-        for key in LEARNED:
-            values = [row[key] for row in found["log"] if key in row]
-            count = min(20, (len(values) + 3) // 4)
-            if values:
-                values = [f"{np.mean(values[:count]):.3f} → {np.mean(values[-count:]):.3f}"]
-            cells.append("".join(values))
-        rows.append(cells)
-    return {"title": "Learning: first → last 20 steps", "columns": ["run", *LEARNED], "rows": rows}
+    for place, found in heard.items():
+        cells = []
+        for audio in HEARD:
+            cells.append([found[audio].scores["all"], "-"] if audio in found else "")
+        rows.append([*place, *cells])
+    return "All runs", ["run", "benchmark", *HEARD], rows
 
 
-def markdown(table: dict[str, Any]) -> str:
-    """A table as above in Markdown. A name that would break out of its cell, or is not UTF-8, cannot."""
-    columns = table["columns"]
+def markdown(table: Table) -> str:
+    """A table in Markdown. A name that would break out of its cell, or is not UTF-8, cannot."""
+    _, columns, rows = table
     lines = []
-    for cells in [columns, ["---"] * len(columns), *table["rows"]]:
-        line = "|"
-        for cell in cells:
-            line += f" {cell_text(cell)} |"
-        lines.append(line.encode("utf-8", "replace").decode())
-    return "\n".join(lines)
+    for cells in [columns, ["---"] * len(columns), *rows]:
+        lines.append(f"| {' | '.join(map(cell_text, cells))} |")
+    return "\n".join(lines).encode("utf-8", "replace").decode()
 
 
 def cell_text(cell: str | list) -> str:
+    """A cell is a text, or [ours: an Accuracy, a text or None for what was not run; the paper's or "-"]."""
     if isinstance(cell, str):
         return cell.replace("|", "\\|")
     ours, published = cell
@@ -488,75 +431,71 @@ def cell_text(cell: str | list) -> str:
     return text.strip()
 
 
-def question_texts(results: list[Result], folder: Path) -> dict[str, Any]:
-    """{benchmark: {id: what its question says}}; the page puts beside it what each run answered."""
-    texts: dict[str, Any] = {}
-    for result in results:
-        page = texts.setdefault(result.bench, {})
-        for question in result.questions:
-            page[question.id] = {
-                "question": question.question,
-                "choices": question.choices,
-                "answer": question.answer,
-                "audio": clip_link(question.audio, folder),
-                "groups": [": ".join(group) for group in groups_of(question)[1:]],
-            }
-    return texts
-
-
-def result_row(result: Result, base: Result | None) -> dict[str, Any]:
-    """A result as the page draws it; "said" is [id, answer, share of the orders answered right or None]."""
-    said = []
-    for question in result.questions:
-        text = question.meta["source"].get("raw_output", answers(question)[0])
-        right = None if question.answer is None else correct(question)
-        said.append([question.id, text[-LONGEST_ANSWER:], right])
-    run, bench, audio = result.place
-    scores = [[*group, *numbers] for group, numbers in result.scores.items()]
-    row = {"run": run, "bench": bench, "audio": audio, "scores": scores, "said": said}
-    if base and result.scores:
-        with suppress(InputError):  # of other questions
-            row["gain"] = {"base": base.run, **paired(base.questions, result.questions)}
-    return row
-
-
-def base_of(result: Result, results: list[Result], runs: dict[str, dict[str, Any]]) -> Result | None:
-    """What the run was trained from, asked the same in the same way; None where that was not asked."""
-    asked = {**result.about, "model": runs.get(result.run, {}).get("model"), "adapter": None}
-    for other in results:
-        if all(other.about.get(key) == asked.get(key) for key in ASKED):
-            return other
-    return None
-
-
-def notes(results: list[Result], runs: dict[str, dict[str, Any]]) -> list[str]:
-    """A line for each model that is not of the paper's size: beside the paper's numbers ours mislead."""
-    sizes = {run["model"]: run["parameters"] for run in runs.values()}
-    found: dict[str, None] = {}
-    for result in results:
-        model = str(runs.get(result.run, result.about).get("model"))
-        size = sizes.get(model)
-        is_papers = size is None and "7B" in model
-        if not (result.about.get("url") or is_papers or (size or 0) >= PAPERS_SIZE):
-            words = f"{result.run} is {model}, of {size or 'unknown'} parameters: not the paper's 7B model"
-            found[words] = None
-    return list(found)
-
-
 def fill_cards(results: list[Result]) -> None:
     """Each run's scores into its model/README.md, after the mark, in place of the table that stood there."""
-    for result in results:
-        folder = result.path.parent
+    for folder in {result.path.parent for result in results}:
         card = folder.with_name("model") / "README.md"
-        if folder.name == "eval" and card.is_file():
-            head, mark, rest = read_text(card).partition(SCORES_HERE)
-            own = [other for other in results if other.path.parent == folder]
-            rest = re.sub(r"\A\n*(\|.*\n)*\n*", "", rest)
+        if card.is_file():
+            own = [result for result in results if result.path.parent == folder]
+            before, mark, after = read_text(card).partition(SCORES_HERE)
+            after = re.sub(r"\A\n*(\|.*\n)*\n*", "", after)
             if mark:
-                write_text(card, f"{head}{mark}\n\n{markdown(results_table(own))}\n\n{rest}")
+                write_text(card, f"{before}{mark}\n\n{markdown(results_table(own))}\n\n{after}")
 
 
-def page(data: dict[str, Any]) -> str:
+# --------------------------------------------------------------------------------------------------- the page
+
+
+def asked(about: dict) -> str:
+    return str([about.get(key) for key in ASKED])
+
+
+def draw(results: list[Result], runs: dict[str, dict], folder: Path) -> tuple[list, dict]:
+    """The page's results, and {benchmark: {id: a question}}, each with what the results said.
+
+    A result is (run, benchmark, audio, scores, its gain over what the run was trained from or None), the gain
+    (that run, score before, after, their difference with its interval). "said" is {place of the result:
+    [answer, share of the orders answered right, or None where hidden]}.
+    """
+    rows = []
+    texts: dict[str, dict] = {}
+    by_asked = {asked(result.about): result for result in results}
+    for place, result in enumerate(results):
+        model = runs.get(result.run, {}).get("model")
+        base = by_asked.get(asked({**result.about, "model": model, "adapter": None}))
+        gain = None
+        with suppress(InputError):  # of other questions, or of hidden answers
+            if base:
+                shares = paired(base.questions, result.questions)
+                gains = np.diff(shares)
+                gain = (base.run, *shares.mean(0), gains.mean(), *bootstrap(gains))
+        rows.append((result.run, result.bench, result.audio, result.scores, gain))
+        page = texts.setdefault(result.bench, {})
+        for question in result.questions:
+            shown = {**vars(question), "meta": {}, "groups": groups_of(question)[1:], "said": {}}
+            shown["audio"] = clip_link(question.audio, folder)
+            text = question.meta["source"].get("raw_output", answers(question)[0])
+            said = page.setdefault(question.id, shown)["said"]
+            said[place] = [text[-LONGEST_ANSWER:], question.answer and correct(question)]
+    return rows, texts
+
+
+def notes(results: list[Result], runs: dict[str, dict]) -> list[str]:
+    """A line for each model that is not of the paper's size: beside the paper's numbers ours mislead."""
+    sizes = {run.get("model"): run["parameters"] for run in runs.values()}
+    found = []
+    for run, about in ({result.run: result.about for result in results} | runs).items():
+        model = str(about.get("model"))
+        small = "7B" not in model
+        if model in sizes:
+            small = sizes[model] < PAPERS_SIZE
+        if small and not about.get("url"):
+            size = sizes.get(model, "unknown")
+            found.append(f"{run} is {model}, of {size} parameters: not the paper's 7B model")
+    return found
+
+
+def page(data: dict) -> str:
     """report.html with `data` in the place of its sample; no text of it can end the script element."""
     before, slot, rest = read_text(TEMPLATE).partition(SLOT)
     _, end, after = rest.partition("</script>")
@@ -569,23 +508,19 @@ def page(data: dict[str, Any]) -> str:
 def report(folder: Path | str) -> str:
     """Write report.md and report.html into `folder`, scores into model cards. Returns report.md's text."""
     folder = Path(os.path.abspath(folder))
-    results = find_results(folder)
-    logs = [*folder.glob("log.jsonl"), *folder.glob("*/log.jsonl")]
-    runs = dict(readable(logs, read_run))
+    results = readable(folder.rglob("*.meta"), read_result, folder)
+    runs = dict(readable(folder.rglob("log.jsonl"), read_run, folder))
     if not results and not runs:
         raise InputError(f"{folder} has no log, and no predictions of evaluate.py (with their .meta file)")
-    for run in runs.values():
-        for sample in run["samples"]:
-            sample["audio"] = clip_link(sample.get("audio"), folder)
     small = notes(results, runs)
-    tables = [*paper_tables(results), results_table(results), curves_table(runs)]
+    tables = [*paper_tables(results), results_table(results)]
     text = "# Results\n\nOurs in bold with its 95 % interval, the paper's in parentheses.\n"
     for note in small:
         text += f"\n**{note}**\n".encode("utf-8", "replace").decode()
     for table in tables:
-        text += f"\n### {table['title']}\n\n{markdown(table)}\n"
-    data = {"tables": tables, "notes": small, "runs": runs, "questions": question_texts(results, folder)}
-    data["results"] = [result_row(result, base_of(result, results, runs)) for result in results]
+        text += f"\n### {table[0]}\n\n{markdown(table)}\n"
+    drawn, questions = draw(results, runs, folder)
+    data = {"tables": tables, "notes": small, "runs": runs, "questions": questions, "results": drawn}
     write_text(folder / "report.md", text)
     write_text(folder / "report.html", page(data))
     fill_cards(results)
@@ -598,22 +533,22 @@ def report(folder: Path | str) -> str:
 def main() -> None:
     logging.basicConfig(format="%(message)s")
     sys.stdout.reconfigure(errors="replace")  # a file's name need not be UTF-8
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape, allow_abbrev=False)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("results", nargs="?", help="a folder of runs: write the paper's tables and a page into it")
     add("--score", metavar="P", help="print the accuracies of a predictions file")
     add("--compare", nargs=2, metavar=("A", "B"), help="print the paired difference of two")
     args = parser.parse_args()
     try:
         if args.score:
-            print(*summary_lines(args.score), sep="\n")
+            lines = summary_lines(args.score)
         elif args.compare:
-            print(compare(*args.compare))
-        elif args.results:
-            print(report(args.results))
+            lines = [compare(*args.compare)]
         else:
-            parser.error("give a folder of runs, --score or --compare")
+            lines = [report(args.results)]
+        print(*lines, sep="\n")
     except (InputError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 

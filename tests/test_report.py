@@ -14,23 +14,13 @@ import pytest
 import report as report_module
 import weights
 from conftest import DATA
+from data import read_questions
 from files import InputError
-from report import (
-    PAPER,
-    TABLES,
-    bootstrap,
-    compare,
-    fields_of,
-    mcnemar,
-    read_predictions,
-    report,
-    score_questions,
-    summary_lines,
-    wilson,
-)
+from report import PAPER, bootstrap, compare, report, score_questions, summary_lines, wilson
 
 HERE = Path(__file__).resolve().parent
 HOSTILE = "What </script><script>alert(1)</script><img src=x onerror=alert(1)> \u2028 & is it?"
+CONFIG = {"model": "base-7B", "parameters": 8_900_000_000, "layout": "reshard", "steps": 100}
 STEP = {"official": 0.5, "hedged": 0.0, "kl": 0.1, "entropy": 1.0, "frac_reward_zero_std": 0.5}
 
 
@@ -61,6 +51,12 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_log(folder, rows, samples=()):
+    write_lines(folder / "log.jsonl", rows)
+    write_lines(folder / "samples.jsonl", samples)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+
+
 def page_data(folder):
     page = (folder / "report.html").read_text(encoding="utf-8")
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
@@ -69,7 +65,7 @@ def page_data(folder):
 # ------------------------------------------------------------------------------------------------- statistics
 
 
-def test_intervals_cover_the_truth():
+def test_intervals_cover_the_truth(monkeypatch):
     assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, Table I
     rng = np.random.default_rng(0)
@@ -78,21 +74,13 @@ def test_intervals_cover_the_truth():
             right = rng.binomial(n, p, 4000)
             covered = np.mean([low <= p <= high for low, high in (wilson(k, n) for k in right)])
             assert least <= covered <= (0.97 if n >= 300 else 1.0), (n, p, covered)
+    monkeypatch.setattr(report_module, "RESAMPLED", 300)
     covered = []
-    for seed in range(250):  # averages over 3 orders of 300 questions of different difficulty
-        chance = np.random.default_rng(seed).beta(2, 2, 300)
-        values = np.random.default_rng([seed, 1]).binomial(3, chance) / 3
-        low, high = bootstrap(values, repeats=400, seed=seed)
+    for seed in range(150):  # averages over 3 orders of 100 questions of different difficulty
+        rng = np.random.default_rng(seed)
+        low, high = bootstrap(rng.binomial(3, rng.beta(2, 2, 100)) / 3)
         covered.append(low <= 0.5 <= high)
-    assert 0.92 <= np.mean(covered) <= 0.98  # 0.95 give or take 2 standard errors of 250 simulations
-
-
-def test_mcnemar_is_the_exact_binomial_test():
-    from scipy.stats import binomtest
-
-    for better, worse in ((0, 0), (3, 1), (10, 30), (200, 170)):
-        exact = binomtest(better, better + worse).pvalue if better + worse else 1.0
-        assert mcnemar(better, worse) == pytest.approx(exact)
+    assert 0.91 <= np.mean(covered) <= 0.99  # 0.95 give or take 2 standard errors of 150 simulations
 
 
 def test_the_papers_numbers_are_the_papers():
@@ -100,12 +88,14 @@ def test_the_papers_numbers_are_the_papers():
     if not paper.exists():
         pytest.skip(f"the paper is not at {paper}")
     text = re.sub(r"</?[a-z]+>|\*\*", "", paper.read_text())
-    for table, _, benches, heard, groups in fields_of(TABLES):
-        body = text[text.index(f"\nTABLE {table}\n") :].split("\n\n")[1]
-        width = len(benches.split()) * len(heard.split()) * len(groups.split())
+    for title, table in PAPER.items():
+        name = title.split()[1].strip(":")
+        body = text[text.index(f"\nTABLE {name}\n") :].split("\n\n")[1]
+        head, *rows = [line.split(" | ") for line in table.strip().splitlines()]
+        width = len(head[3].split(", "))
         published = [re.findall(r"\t(-|\d+\.\d)(?=\t|$)", line) for line in body.splitlines()]
         published = [row[-width:] for row in published if set(row) - {"-"}]
-        ours = [row[3].split() for row in fields_of(PAPER[table])]
+        ours = [row[3].split() for row in rows]
         assert [row for row in ours if set(row) != {"-"}] == published
         assert {len(row) for row in ours} == {width}
 
@@ -129,14 +119,14 @@ def test_each_format_is_scored_by_its_own_groups(tmp_path, form):
     for i, said in enumerate(["dog", "cat", "dog", "", "the dog"]):
         rows.append({"id": f"{i}", "question": "What is it?"} | form | {"model_prediction": said})
     path = write_run(tmp_path, rows)
-    scores = score_questions(read_predictions(path))
+    scores = score_questions(read_questions(path))
     columns = set(report_module.GROUPS.split()) & form.keys()
     for column in columns:
         group = "Reasoning" if form[column] == ["Reasoning"] else form[column]
-        assert scores[column, group] == scores["all", "all"] == (0.6, *wilson(3, 5), 5)
+        assert scores[f"{column}: {group}"] == scores["all"] == (0.6, *wilson(3, 5), 5)
     assert columns and len(scores) == 1 + len(columns)
     lines = summary_lines(path)
-    assert lines[0].startswith("average") and "n = 5" in lines[0] and "1 of 5 answers are empty" in lines[-1]
+    assert lines[0].startswith("all") and "n = 5" in lines[0] and "1 of 5 answers are empty" in lines[-1]
 
 
 def test_orders_count_by_their_share(tmp_path):
@@ -145,8 +135,8 @@ def test_orders_count_by_their_share(tmp_path):
         row["order_predictions"] = ["dog", "cat"]
     rows[0] |= {"order_predictions": ["", ""], "model_prediction": ""}
     path = write_run(tmp_path, rows)
-    assert score_questions(read_predictions(path))["all", "all"][0] == pytest.approx(7 / 16)
-    assert "same way in all orders: 12.5" in "\n".join(summary_lines(path))
+    assert score_questions(read_questions(path))["all"][0] == pytest.approx(7 / 16)
+    assert "same way in all orders: 1 of 8" in "\n".join(summary_lines(path))
 
 
 def test_the_program_needs_no_torch_and_says_what_is_wrong_in_one_line(tmp_path):
@@ -160,7 +150,7 @@ def test_the_program_needs_no_torch_and_says_what_is_wrong_in_one_line(tmp_path)
         (lambda: compare(before, write_run(tmp_path, mmau_rows(39), "c")), "not of the same questions"),
         (lambda: compare(write_run(tmp_path, hidden, "d"), before), "hide their answers"),
         (lambda: summary_lines(tmp_path / "d.json"), "no right answers"),
-        (lambda: summary_lines(write_run(tmp_path, plain, "e")), "without predictions"),
+        (lambda: summary_lines(write_run(tmp_path, plain, "e")), "has no prediction"),
         (lambda: report(tmp_path / "nothing"), "no predictions"),
     ):
         with pytest.raises(InputError, match=words):
@@ -188,7 +178,7 @@ def test_ours_stands_beside_the_papers_number(tmp_path):
     assert "answers hidden (68.6)" in text and "AudioMCQ" not in text
     for method in ("Omni-R1 (AVQA), LoRA (not in the paper)", "R1-AQA [7]"):
         assert re.search(rf"\| {re.escape(method)} \| \*\*100", text)
-    assert f"| mine | mmau-mini | real | {ours} |" in text
+    assert f"| mine | mmau-mini | {ours} |" in text
     assert text.index("### Table I:") < text.index("### Table IV") < text.index("### All runs")
     assert re.findall(r"\*\*(.*) is tiny, of unknown parameters: not the paper's", text) == ["mine"]
 
@@ -201,18 +191,19 @@ def test_a_broken_neighbour_costs_itself_alone(tmp_path, caplog):
     for i, text in enumerate(("", "[]", "null", '{"bench": 1}', '{"bench', "[" * 3000)):
         write_run(tmp_path / f"foreign{i}", mmau_rows()).with_suffix(".meta").write_text(text)
     write_run(tmp_path / "cut", mmau_rows()).write_text('[{"id"')
-    write_lines(tmp_path / "other" / "log.jsonl", [{"step": "x", "reward": {}}])
+    write_log(tmp_path / "other", [{"step": 1}])
+    (tmp_path / "other" / "config.json").write_text("{}")
     name = os.path.join(os.fsencode(tmp_path), b"name\xff|")
     os.makedirs(name)
     write_run(Path(os.fsdecode(name)), mmau_rows())
-    write_lines(tmp_path / "good" / "log.jsonl", [{"step": i, "reward": i / 9} for i in range(1, 9)])
+    write_log(tmp_path / "good", [{"step": i, "reward": i / 9} for i in range(1, 9)])
     with open(tmp_path / "good" / "log.jsonl", "a") as file:
         file.write('{"step": 9, "re')
     for folder in ("a", "b"):
         write_run(tmp_path / folder, mmau_rows(), "p")  # two of one name: both appear
     text = report(tmp_path)
-    shown = re.findall(r"^\| (\S+) \| mmau-mini \| real \| \*\*75.0 \[", text, re.M)
-    assert sorted(shown) == ["b/p.json", "good", "name?\\|", "p"]
+    shown = re.findall(r"^\| (\S+) \| mmau-mini \| \*\*75.0 \[", text, re.M)
+    assert sorted(shown) == ["a/p", "b/p", "good", "name?\\|"]
     left_out = " ".join(record.getMessage() for record in caplog.records)
     for name in ("unfinished", "foreign0", "foreign5", "cut", "other"):
         assert name in left_out and name not in text
@@ -229,10 +220,7 @@ def test_nothing_in_the_data_ends_the_slot_or_stands_for_it(tmp_path):
     }
     for run in ("DATA", "\\g<1>", "<script>"):
         write_run(tmp_path / run, rows)
-        write_lines(tmp_path / run / "log.jsonl", [{"step": 1}])
-        write_lines(
-            tmp_path / run / "samples.jsonl", [{"step": 1, "question": HOSTILE, "responses": [HOSTILE]}]
-        )
+        write_log(tmp_path / run, [{"step": 1}], [{"step": 1, "question": HOSTILE, "responses": [HOSTILE]}])
     report(tmp_path)
     page = (tmp_path / "report.html").read_text()
     template = report_module.TEMPLATE.read_text()
@@ -257,15 +245,17 @@ def test_clips_are_found_from_the_page_and_it_stays_small(tmp_path):
     rows = mmau_rows(1000)
     rows[1]["raw_output"] = "<think>" + "It barks. " * 200 + "</think><answer>dog</answer>"
     write_run(run, rows, audio_dir=str(tmp_path / "clips"))
-    write_lines(run / "samples.jsonl", [sample | {"step": i} for i in range(1, 2001)])
-    write_lines(run / "log.jsonl", [STEP | {"step": i, "seconds_wait": 0.25} for i in range(2000)])
+    log = [STEP | {"step": i, "seconds_wait": 0.25} for i in range(2000)]
+    write_log(run, log, [sample | {"step": i} for i in range(1, 2001)])
     report(tmp_path / "results")
     data = page_data(tmp_path / "results")
     samples = data["runs"]["run"]["samples"]
     assert samples[0]["audio"] == "../clips/caf%E9%20%231%3F.wav" and samples[-1]["step"] == 2000
     assert 100 <= len(samples) <= 200 and data["runs"]["run"]["seconds"] == 500
     assert data["questions"]["mmau-mini"]["q0"]["audio"].startswith("../clips/")
-    assert data["results"][0]["said"][1][1].endswith("It barks. </think><answer>dog</answer>")
+    assert data["questions"]["mmau-mini"]["q1"]["said"]["0"][0].endswith(
+        "It barks. </think><answer>dog</answer>"
+    )
     assert (tmp_path / "results" / "report.html").stat().st_size < 1_000_000
 
 
@@ -277,7 +267,7 @@ def test_scores_go_into_the_model_card_once(tmp_path):
     report(tmp_path)
     first = card.read_text()
     report(tmp_path)
-    assert card.read_text() == first and first.count("| run | mmau-mini | real | **75.0 [") == 1
+    assert card.read_text() == first and first.count("| run | mmau-mini | **75.0 [") == 1
     assert first.startswith(f"# A model\n\n{weights.SCORES_HERE}\n") and first.endswith("\n\n## Recipe\n")
 
 
@@ -316,17 +306,12 @@ def test_the_template_opens_by_itself_with_sample_data():
 
 def test_the_first_screen_says_whether_each_run_worked(tmp_path):
     """Cards: base -> trained and whether chance explains it, does it listen, and what is not healthy."""
-    about = {"model": "base-7B", "parameters": 8_900_000_000, "layout": "reshard", "steps": 100}
     steps = [STEP | {"step": i, "reward": 0.5, "seconds_update": 36.0} for i in range(1, 101)]
     runs = {"good": {}, "gamed": {}, "deaf": {"frac_reward_zero_std": 1.0}, "leaps": {}}
     for run, more in runs.items():
-        write_lines(tmp_path / run / "log.jsonl", [step | more for step in steps])
-        (tmp_path / run / "config.json").write_text(json.dumps(about))
-    write_lines(tmp_path / "gamed" / "log.jsonl", [step | {"reward": step["step"] / 100} for step in steps])
-    write_lines(
-        tmp_path / "leaps" / "log.jsonl",
-        [step | {"kl": 27.9} if step["step"] == 7 else step for step in steps],
-    )
+        write_log(tmp_path / run, [step | more for step in steps])
+    write_log(tmp_path / "gamed", [step | {"reward": step["step"] / 100} for step in steps])
+    write_log(tmp_path / "leaps", [*steps[:6], steps[6] | {"kl": 27.9}, *steps[7:]])
     write_run(tmp_path / "a-decoy", mmau_rows(), model="another-7B")  # nobody's base
     write_run(tmp_path / "base-omni", mmau_rows(right=lambda i: i < 10))
     write_run(tmp_path / "good", mmau_rows(right=lambda i: 5 <= i < 30), model="good/model")
@@ -351,8 +336,6 @@ def test_the_first_screen_says_whether_each_run_worked(tmp_path):
     assert "in 10 steps no group's rewards differ" in cards["deaf"]
     assert "leaps to 27.9 at step 7" in cards["leaps"]
     assert sum("healthy" in text for text in cards.values()) == 1
-    text = (tmp_path / "report.md").read_text()
-    assert "| gamed | 0.105 → 0.905 | 0.500 → 0.500 | 0.000 → 0.000 | 0.100 → 0.100 |  |" in text
 
 
 def test_the_page_draws_tables_curves_samples_and_questions(tmp_path):
@@ -363,13 +346,11 @@ def test_the_page_draws_tables_curves_samples_and_questions(tmp_path):
     write_run(tmp_path / "omni-avqa", after, model="omni-avqa/model")
     steps = [STEP | {"step": i, "reward": 0.5} for i in range(1, 200)]
     steps.append({"step": 100, "eval_accuracy": 0.6, "eval_low": 0.5, "eval_high": 0.7})
-    write_lines(tmp_path / "omni-avqa" / "log.jsonl", steps)
-    (tmp_path / "omni-avqa" / "config.json").write_text('{"model": "base-7B"}')
     sample = {"id": "a", "question": HOSTILE, "choices": ["<b>", "cat"], "answer": "<b>", "audio": "x.wav"}
     sample |= {"responses": ["<i>", "cat"], "rewards": [1.0, 0.0], "advantages": [0.7, -0.7]}
     samples = [sample | {"step": i} for i in range(1, 6)]
     samples[0] = samples[0] | {"rewards": [0.0, 0.0]}  # teaches nothing
-    write_lines(tmp_path / "omni-avqa" / "samples.jsonl", samples)
+    write_log(tmp_path / "omni-avqa", steps, samples)
     report(tmp_path)
 
     page = drawn(tmp_path / "report.html")
