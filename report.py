@@ -3,6 +3,8 @@
     python report.py RESULTS                       (writes RESULTS/report.md and RESULTS/report.html)
     python report.py --score P.json                (accuracies by the official rule, with 95 % intervals)
     python report.py --compare A.json B.json       (the paired difference of two)
+    python report.py --need REAL.json SILENT.json  (how much of a model's score needs the audio)
+    python report.py --split P.json ... --out DIR  (the questions never, sometimes and always answered right)
 
 A run is a folder RESULTS/NAME with log.jsonl, samples.jsonl and predictions eval/BENCH.AUDIO.json, each with
 its .meta. What the page looks like is in report.html alone, a template that opens by itself with sample
@@ -15,7 +17,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -31,13 +32,12 @@ from reward import string_match
 
 log = logging.getLogger("omni_r1")
 
-# Each table's head: "benchmark audio group" of its columns. Its rows: model | method | our run that fills it,
-# or - | the paper's numbers. A row of - alone is not the paper's, and is there once it was run.
+# Each table's head: its columns' "benchmark group", "none" between for the questions asked without audio.
+# Its rows: model | method | our run that fills it, or - | the paper's numbers.
 PAPER = {
     "Table I: MMAU (original)": """
-model | method | run | mmau-mini real task: sound, mmau-mini real task: music, \
-mmau-mini real task: speech, mmau-mini real all, mmau-full real task: sound, mmau-full real task: music, \
-mmau-full real task: speech, mmau-full real all
+model | method | run | mmau-mini task: sound, mmau-mini task: music, mmau-mini task: speech, mmau-mini all, \
+mmau-full task: sound, mmau-full task: music, mmau-full task: speech, mmau-full all
 - | Human [4] | - | 86.3 78.2 82.2 82.2 - - - -
 Audio Flamingo 2 | Direct Inference [13] | audio-flamingo-2 | 61.6 74.0 30.9 55.5 65.1 72.9 40.3 59.4
 Phi-4 Multi-Modal | Direct Inference [14] | phi-4-multimodal | 61.0 52.9 52.8 55.6 - - - -
@@ -53,27 +53,20 @@ Qwen2.5-Omni-7B | Reproduced | base-omni | 69.4 66.8 61.6 65.9 71.6 67.1 66.5 68
 Qwen2.5-Omni-7B | SARI [9] | - | 72.8 67.2 61.3 67.1 - - - -
 Qwen2.5-Omni-7B | Omni-R1 (AVQA) | omni-avqa | 70.9 70.1 64.9 68.6 73.6 68.6 70.1 70.8
 Qwen2.5-Omni-7B | Omni-R1 (AVQA-GPT) | omni-avqa-gpt | 72.4 73.1 64.3 69.9 74.3 70.2 69.2 71.2
-Qwen2.5-Omni-7B | Omni-R1 (VGGS-GPT) | omni-vggs-gpt | 73.6 74.3 66.1 71.3 74.1 70.8 68.7 71.2
-Qwen2-Audio-7B-Instruct | AVQA (not in the paper) | qwen2audio-avqa | - - - - - - - -
-Qwen2.5-Omni-7B | Zero-Shot-CoT (not in the paper) | base-omni-think | - - - - - - - -
-Qwen2.5-Omni-7B | Omni-R1 (AVQA), LoRA (not in the paper) | omni-avqa-lora | - - - - - - - -
-Qwen2.5-Omni-7B | Omni-R1 (AudioMCQ) (not in the paper) | omni-audiomcq | - - - - - - - -""",
+Qwen2.5-Omni-7B | Omni-R1 (VGGS-GPT) | omni-vggs-gpt | 73.6 74.3 66.1 71.3 74.1 70.8 68.7 71.2""",
     "Table II: MMAU (v05.15.25)": """
-model | method | run | mmau-mini-v2 real task: sound, mmau-mini-v2 real task: music, \
-mmau-mini-v2 real task: speech, mmau-mini-v2 real all, mmau-full-v2 real task: sound, \
-mmau-full-v2 real task: music, mmau-full-v2 real task: speech, mmau-full-v2 real all
+model | method | run | mmau-mini-v2 task: sound, mmau-mini-v2 task: music, mmau-mini-v2 task: speech, \
+mmau-mini-v2 all, mmau-full-v2 task: sound, mmau-full-v2 task: music, mmau-full-v2 task: speech, \
+mmau-full-v2 all
 Qwen2.5-Omni-7B | Direct Inference [2] | - | - - - - 74.7 68.6 76.0 73.1
 Qwen2.5-Omni-7B | Reproduced | base-omni | 78.1 65.9 70.6 71.5 74.9 68.0 72.4 71.8
 Qwen2.5-Omni-7B | Omni-R1 (AVQA) | omni-avqa | 82.0 70.1 75.4 75.8 77.8 69.1 76.3 74.4
 Qwen2.5-Omni-7B | Omni-R1 (AVQA-GPT) | omni-avqa-gpt | 82.3 72.8 75.4 76.8 78.9 70.9 76.0 75.3
-Qwen2.5-Omni-7B | Omni-R1 (VGGS-GPT) | omni-vggs-gpt | 81.7 73.4 76.0 77.0 78.3 70.8 75.8 75.0
-Qwen2.5-Omni-7B | Zero-Shot-CoT (not in the paper) | base-omni-think | - - - - - - - -
-Qwen2.5-Omni-7B | Omni-R1 (AVQA), LoRA (not in the paper) | omni-avqa-lora | - - - - - - - -
-Qwen2.5-Omni-7B | Omni-R1 (AudioMCQ) (not in the paper) | omni-audiomcq | - - - - - - - -""",
+Qwen2.5-Omni-7B | Omni-R1 (VGGS-GPT) | omni-vggs-gpt | 81.7 73.4 76.0 77.0 78.3 70.8 75.8 75.0""",
     "Table III: MMAR": """
-model | method | run | mmar real modality: sound, mmar real modality: music, mmar real modality: speech, \
-mmar real modality: mix-sound-music, mmar real modality: mix-sound-speech, \
-mmar real modality: mix-music-speech, mmar real modality: mix-sound-music-speech, mmar real all
+model | method | run | mmar modality: sound, mmar modality: music, mmar modality: speech, \
+mmar modality: mix-sound-music, mmar modality: mix-sound-speech, mmar modality: mix-music-speech, \
+mmar modality: mix-sound-music-speech, mmar all
 Gemini 2.0 Flash | Direct Inference [29] | gemini-2.0-flash | 61.2 51.0 72.1 81.8 72.5 65.9 70.8 65.6
 GPT-4o Audio | Direct Inference [30] | gpt-4o-audio | 53.9 51.0 70.4 63.6 72.5 62.2 75.0 63.5
 Qwen2-Audio-7B-Instruct | Direct Inference [8] | base-qwen2audio | 33.3 24.3 32.3 9.1 31.2 30.5 25.0 30.0
@@ -81,15 +74,9 @@ Qwen2.5-Omni-7B | Direct Inference [2] | - | 58.8 40.8 59.9 54.6 61.9 67.1 58.3 
 Qwen2.5-Omni-7B | Reproduced | base-omni | 61.2 47.6 59.5 54.6 61.5 61.0 66.7 58.0
 Qwen2.5-Omni-7B | Omni-R1 (AVQA) | omni-avqa | 63.6 51.5 62.2 72.7 65.1 62.2 70.8 61.2
 Qwen2.5-Omni-7B | Omni-R1 (AVQA-GPT) | omni-avqa-gpt | 58.8 53.4 65.0 45.5 66.1 63.4 66.7 61.5
-Qwen2.5-Omni-7B | Omni-R1 (VGGS-GPT) | omni-vggs-gpt | 67.3 51.5 64.3 45.5 70.2 64.6 70.8 63.4
-Qwen2-Audio-7B-Instruct | AVQA (not in the paper) | qwen2audio-avqa | - - - - - - - -
-Qwen2-Audio-7B-Instruct | Zero-Shot-CoT (not in the paper) | base-qwen2audio-think | - - - - - - - -
-Qwen2-Audio-7B-Instruct | R1-AQA (not in the paper) | qwen2audio-r1aqa | - - - - - - - -
-Qwen2.5-Omni-7B | Zero-Shot-CoT (not in the paper) | base-omni-think | - - - - - - - -
-Qwen2.5-Omni-7B | Omni-R1 (AVQA), LoRA (not in the paper) | omni-avqa-lora | - - - - - - - -
-Qwen2.5-Omni-7B | Omni-R1 (AudioMCQ) (not in the paper) | omni-audiomcq | - - - - - - - -""",
+Qwen2.5-Omni-7B | Omni-R1 (VGGS-GPT) | omni-vggs-gpt | 67.3 51.5 64.3 45.5 70.2 64.6 70.8 63.4""",
     "Table IV: Fine-tuning with and without audio, MMAU test-mini (none: asked without audio)": """
-model | method | run | mmau-mini real all, mmau-mini none all
+model | method | run | mmau-mini all, mmau-mini none all
 Qwen2-Audio | - | base-qwen2audio | 52.7 30.5
 Qwen2-Audio | AVQA, with audio | qwen2audio-avqa | 63.2 44.6
 Qwen2-Audio | AVQA, without audio | qwen2audio-avqa-noaudio | 58.8 42.4
@@ -97,14 +84,13 @@ Qwen2-Audio | ARC-Easy, without audio | qwen2audio-arc | 60.2 42.2
 Qwen2.5-Omni | - | base-omni | 65.9 49.3
 Qwen2.5-Omni | AVQA, with audio | omni-avqa | 68.6 51.7
 Qwen2.5-Omni | AVQA, without audio | omni-avqa-noaudio | 65.6 49.2
-Qwen2.5-Omni | ARC-Easy, without audio | omni-arc | 68.2 51.7
-Qwen2.5-Omni | Omni-R1 (AVQA), LoRA (not in the paper) | omni-avqa-lora | - -
-Qwen2.5-Omni | Omni-R1 (AudioMCQ) (not in the paper) | omni-audiomcq | - -""",
+Qwen2.5-Omni | ARC-Easy, without audio | omni-arc | 68.2 51.7""",
 }
 # The columns that the formats' own scripts group by
 GROUPS = """
 task modality task_name difficulty category sub-category length_type question_type source_dataset dataset_name
 audio-contribution sub-sub-category linguistics_sub_discipline perceptual_skills reasoning_skills"""
+OURS = "answer_prediction response model_output model_prediction raw_output order_predictions"  # in a row
 ANSWER_KEYS = ["answer_prediction", "model_prediction", "model_output"]  # the first that a row has counts
 HEARD = ["real", "silence", "none", "swap"]  # evaluate.py --audio
 CURVES = """
@@ -120,7 +106,6 @@ LEAP = 10.0  # a KL divergence, in nats a token, that no healthy run has
 LONGEST_ANSWER = 500  # characters of each answer on the page: its end, where <answer> stands
 TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = '<script type="application/json" id="data">'
-SCORES_HERE = "<!-- scores -->"  # in a model card: weights.py's, which imports torch
 
 Accuracy = tuple[float, float, float, int]  # share, its interval's low and high end, number of questions
 Scores = dict[str, Accuracy | str]  # of "all" and of each group, as "task: music"
@@ -176,23 +161,16 @@ def correct(question: Question) -> float:
     return float(np.mean(rights(question)))
 
 
-def groups_of(question: Question) -> list[str]:
-    """The groups that a question counts in. A row may give its group in a list."""
-    found = ["all"]
-    for column in GROUPS.split():
-        names = question.meta["source"].get(column) or []
-        if not isinstance(names, list):
-            names = [names]
-        found += [f"{column}: {name}" for name in names]
-    return found
-
-
-def by_group(questions: list[Question]) -> dict[str, list[int]]:
-    """The places of each group's questions; of all, the first."""
-    groups = {}
+def groups_of(questions: list[Question]) -> dict[str, list[int]]:
+    """The places of each group's questions, "all" first. A row may give its group in a list."""
+    groups = {"all": list(range(len(questions)))}
     for i, question in enumerate(questions):
-        for group in groups_of(question):
-            groups.setdefault(group, []).append(i)
+        for column in GROUPS.split():
+            names = question.meta["source"].get(column) or []
+            if not isinstance(names, list):
+                names = [names]
+            for name in names:
+                groups.setdefault(f"{column}: {name}", []).append(i)
     return dict(sorted(groups.items()))
 
 
@@ -203,7 +181,7 @@ def score_questions(questions: list[Question]) -> Scores:
         return {"all": "answers hidden"}
     shares = np.array([correct(question) for question in questions])
     scores = {}
-    for group, places in by_group(questions).items():
+    for group, places in groups_of(questions).items():
         some = shares[places]
         interval = wilson(some.sum(), len(some))
         if several:
@@ -213,34 +191,35 @@ def score_questions(questions: list[Question]) -> Scores:
 
 
 def summary_lines(path: Path | str) -> list[str]:
-    """A predictions file's accuracies as text; and how many questions got no answer, which count as wrong.
-
-    Raises InputError if the right answers are hidden.
-    """
+    """A predictions file's accuracies as text. Raises InputError if the right answers are hidden."""
     questions = read_questions(path)
     if questions[0].answer is None:
         raise InputError(f"{path} holds no right answers (test-full): send it to the benchmark's server")
     lines = []
     for group, numbers in score_questions(questions).items():
         lines.append(f"{group:45} {percent(*numbers)}  n = {numbers[3]}")
-    given = [answers(question) for question in questions]
-    if len(given[0]) > 1:
-        alike = sum(len(set(texts)) == 1 for texts in given)
-        lines.append(f"answered the same way in all orders: {alike} of {len(given)}")
-    empty = sum(not texts[0] for texts in given)
+    empty = sum(not answers(question)[0] for question in questions)
     if empty:
-        lines.append(f"{empty} of {len(given)} answers are empty, counted as wrong")
-    return lines
+        lines.append(f"{empty} of {len(questions)} answers are empty, counted as wrong")
+    return lines + agreement(questions)
+
+
+def agreement(questions: list[Question]) -> list[str]:
+    """How many questions were answered alike in all orders of their choices; nothing for one order."""
+    given = [answers(question) for question in questions]
+    if len(given[0]) == 1:
+        return []
+    alike = sum(len(set(texts)) == 1 for texts in given)
+    return [f"answered the same way in all {len(given[0])} orders: {alike} of {len(given)}"]
 
 
 def side_by_side(files: list[list[Question]]) -> list[tuple[Question, ...]]:
     """Each question as the files have it. Raises InputError for other questions or hidden answers."""
     if any(questions[0].answer is None for questions in files):
         raise InputError("these questions hide their answers, so there is nothing to compare")
-    ordered = [sorted(questions, key=lambda question: question.id) for questions in files]
-    if len(set(map(questions_hash, ordered))) > 1:
-        raise InputError("these files are not of the same questions")
-    return list(zip(*ordered, strict=True))
+    if len(set(map(questions_hash, files))) > 1:
+        raise InputError("these files are not of the same questions in the same order")
+    return list(zip(*files, strict=True))
 
 
 def paired(first: list[Question], second: list[Question]) -> np.ndarray:
@@ -352,12 +331,11 @@ def read_result(meta: Path, folder: Path) -> Result:
 def read_run(file: Path, folder: Path) -> tuple[str, dict]:
     """(name, its arguments and what is drawn) of the run whose log.jsonl this is."""
     run = parse_json(read_text(file.with_name("config.json")))
-    run["parameters"] = int(run["parameters"])  # another program's config has none
     rows = rows_of(file)
     steps = [row for row in rows if "kl" in row]  # not the held-out scores
-    run["doubts"] = list(doubts(steps, run.get("format_weight", 0.0)).values())
+    run["doubts"] = doubts(steps, run["format_weight"])
     run["seconds"] = sum(row[key] for row in rows for key in row if key.startswith("seconds"))
-    run["log"] = [{key: float(row[key]) for key in CURVES.split() if key in row} for row in rows]
+    run["log"] = [{key: row[key] for key in CURVES.split() if key in row} for row in rows]
     samples = rows_of(file.with_name("samples.jsonl"))
     stride = len(samples) // SAMPLES + 1
     run["samples"] = samples[::-stride][::-1]
@@ -366,20 +344,97 @@ def read_run(file: Path, folder: Path) -> tuple[str, dict]:
     return run_name(file.parent, folder), run
 
 
+def asked(about: dict) -> str:
+    return str([about.get(key) for key in ASKED])
+
+
 def clip_link(path: str | None, folder: Path) -> str | None:
     """A clip's address from the page, percent-encoded: its name may hold #, ? or bytes that are not UTF-8."""
     return quote(os.fsencode(os.path.relpath(path, folder))) if path else None
+
+
+# ------------------------------------------------------------------------------------ does it need the audio?
+
+
+def retained(shares: np.ndarray) -> str:
+    """(n, 2) right with the clip and without: the share of the score that stays (of one right at least)."""
+
+    def kept(some: np.ndarray) -> float:
+        heard, unheard = some.sum(0)
+        return unheard / max(heard, 1)
+
+    return percent(kept(shares), *bootstrap(shares, kept))
+
+
+def read_finished(path: str) -> Result:
+    """An evaluation that was answered to its end. Raises InputError."""
+    meta = Path(path).with_suffix(".meta")
+    try:
+        result = read_result(meta, meta.parent)
+        missing = len(result.about["unanswered"])
+    except Exception as error:
+        raise InputError(f"{path}, {meta.name}: not what evaluate.py wrote: {first_line(error)}") from None
+    if missing:
+        raise InputError(f"{path} lacks {missing} answers: the command that made it goes on with them")
+    return result
+
+
+def need(real: str, silent: str) -> list[str]:
+    """One model's answers with the clip and without, over all and by group: which of them needed it.
+
+    In percent of all answers, each order one; the retained share with its 95 % interval, paired by questions.
+    """
+    heard = read_finished(real)
+    unheard = read_finished(silent)
+    alike = asked({**heard.about, "audio": unheard.audio}) == asked(unheard.about)
+    if not alike or heard.audio != "real" or unheard.audio == "real":
+        raise InputError(f"{real}, {silent}: give one model's answers with the clip and without, asked alike")
+    pairs = side_by_side([heard.questions, unheard.questions])
+    right = np.array([list(map(rights, pair)) for pair in pairs])  # (n, 2, orders)
+    lines = [
+        f"{'':35}  real {unheard.audio:>7} {'retained':19} needs audio, text suffices, misleads, neither"
+    ]
+    for group, places in groups_of(heard.questions).items():
+        one, other = right[places].swapaxes(0, 1)  # (n, orders)
+        stays = retained(right[places].mean(2))
+        lines.append(
+            f"{group:35} {100 * one.mean():5.1f} {100 * other.mean():7.1f} {stays:19} "
+            f"{100 * (one & ~other).mean():11.1f} {100 * (one & other).mean():14.1f} "
+            f"{100 * (other & ~one).mean():9.1f} {100 * (~one & ~other).mean():8.1f}  n = {len(places)}"
+        )
+    return lines + agreement(heard.questions) + agreement(unheard.questions)
+
+
+def split(paths: list[str], out: str) -> list[str]:
+    """Write the questions never, sometimes and always answered right over all files and orders.
+
+    JSON lines of the published rows, so that train.py reads each file. Raises InputError.
+    """
+    parts = {"never": [], "sometimes": [], "always": []}
+    guessed = 0.0
+    for same in side_by_side([read_finished(path).questions for path in paths]):
+        right = sum(map(rights, same), [])
+        row = same[0].meta["source"]
+        published = {key: row[key] for key in row if key not in OURS.split()}
+        parts[list(parts)[any(right) + all(right)]].append(published)
+        guessed += len(same[0].choices) ** -len(right)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for name, rows in parts.items():
+        write_text(Path(out) / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    counts = [f"{len(rows)} {name}" for name, rows in parts.items()]
+    return [f"right {', '.join(counts)}; guessing alone would put {guessed:.0f} into always", f"saved {out}"]
 
 
 # ------------------------------------------------------------------------------------------------- the tables
 
 
 def paper_tables(results: list[Result]) -> list[Table]:
-    """Tables I-IV, without the rows of which neither the paper nor we have a number."""
+    """Tables I-IV with our numbers beside the paper's."""
     ours = {}
     for result in results:
         for group, numbers in result.scores.items():
-            ours[result.run, f"{result.bench} {result.audio} {group}"] = numbers
+            column = f"{result.bench} {result.audio} {group}"
+            ours[result.run, column.replace(" real ", " ")] = numbers
     tables = []
     for title, text in PAPER.items():
         head, *published = [line.split(" | ") for line in text.strip().splitlines()]
@@ -389,14 +444,13 @@ def paper_tables(results: list[Result]) -> list[Table]:
             cells = []
             for column, number in zip(columns, numbers.split(), strict=True):
                 cells.append([ours.get((run, column)), number])
-            if cells.count([None, "-"]) < len(cells):
-                rows.append([model, method, *cells])
+            rows.append([model, method, *cells])
         tables.append((title, ["model", "method", *columns], rows))
     return tables
 
 
 def results_table(results: list[Result]) -> Table:
-    """A row a run and benchmark: its averages by what was heard."""
+    """A row a run and benchmark: its averages by what was heard, and what of them stays without the clip."""
     heard = {}
     for result in results:
         heard.setdefault((result.run, result.bench), {})[result.audio] = result
@@ -405,8 +459,13 @@ def results_table(results: list[Result]) -> Table:
         cells = []
         for audio in HEARD:
             cells.append([found[audio].scores["all"], "-"] if audio in found else "")
-        rows.append([*place, *cells])
-    return "All runs", ["run", "benchmark", *HEARD], rows
+        stays = []
+        for audio in HEARD[1:]:
+            with suppress(InputError, KeyError):  # hidden answers; not asked
+                shares = paired(found["real"].questions, found[audio].questions)
+                stays.append(f"{audio} {retained(shares)}")
+        rows.append([*place, *cells, "; ".join(stays)])
+    return "Does it listen?", ["run", "benchmark", *HEARD, "retained"], rows
 
 
 def markdown(table: Table) -> str:
@@ -431,23 +490,7 @@ def cell_text(cell: str | list) -> str:
     return text.strip()
 
 
-def fill_cards(results: list[Result]) -> None:
-    """Each run's scores into its model/README.md, after the mark, in place of the table that stood there."""
-    for folder in {result.path.parent for result in results}:
-        card = folder.with_name("model") / "README.md"
-        if card.is_file():
-            own = [result for result in results if result.path.parent == folder]
-            before, mark, after = read_text(card).partition(SCORES_HERE)
-            after = re.sub(r"\A\n*(\|.*\n)*\n*", "", after)
-            if mark:
-                write_text(card, f"{before}{mark}\n\n{markdown(results_table(own))}\n\n{after}")
-
-
 # --------------------------------------------------------------------------------------------------- the page
-
-
-def asked(about: dict) -> str:
-    return str([about.get(key) for key in ASKED])
 
 
 def draw(results: list[Result], runs: dict[str, dict], folder: Path) -> tuple[list, dict]:
@@ -458,7 +501,7 @@ def draw(results: list[Result], runs: dict[str, dict], folder: Path) -> tuple[li
     [answer, share of the orders answered right, or None where hidden]}.
     """
     rows = []
-    texts: dict[str, dict] = {}
+    texts = {}
     by_asked = {asked(result.about): result for result in results}
     for place, result in enumerate(results):
         model = runs.get(result.run, {}).get("model")
@@ -472,7 +515,7 @@ def draw(results: list[Result], runs: dict[str, dict], folder: Path) -> tuple[li
         rows.append((result.run, result.bench, result.audio, result.scores, gain))
         page = texts.setdefault(result.bench, {})
         for question in result.questions:
-            shown = {**vars(question), "meta": {}, "groups": groups_of(question)[1:], "said": {}}
+            shown = {**vars(question), "meta": {}, "groups": list(groups_of([question]))[1:], "said": {}}
             shown["audio"] = clip_link(question.audio, folder)
             text = question.meta["source"].get("raw_output", answers(question)[0])
             said = page.setdefault(question.id, shown)["said"]
@@ -482,16 +525,14 @@ def draw(results: list[Result], runs: dict[str, dict], folder: Path) -> tuple[li
 
 def notes(results: list[Result], runs: dict[str, dict]) -> list[str]:
     """A line for each model that is not of the paper's size: beside the paper's numbers ours mislead."""
-    sizes = {run.get("model"): run["parameters"] for run in runs.values()}
+    sizes = {run["model"]: run["parameters"] for run in runs.values()}
     found = []
     for run, about in ({result.run: result.about for result in results} | runs).items():
         model = str(about.get("model"))
-        small = "7B" not in model
-        if model in sizes:
-            small = sizes[model] < PAPERS_SIZE
-        if small and not about.get("url"):
-            size = sizes.get(model, "unknown")
-            found.append(f"{run} is {model}, of {size} parameters: not the paper's 7B model")
+        papers = "7B" in model or about.get("url")
+        size = sizes.get(model, PAPERS_SIZE if papers else 0)
+        if size < PAPERS_SIZE:
+            found.append(f"{run} is {model}, of {size or 'unknown'} parameters: not the paper's 7B model")
     return found
 
 
@@ -500,9 +541,7 @@ def page(data: dict) -> str:
     before, slot, rest = read_text(TEMPLATE).partition(SLOT)
     _, end, after = rest.partition("</script>")
     text = json.dumps(data, separators=(",", ":"))  # in ASCII, so U+2028 and half characters are escaped
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return before + slot + text + end + after
+    return before + slot + text.replace("<", "\\u003c") + end + after
 
 
 def report(folder: Path | str) -> str:
@@ -523,7 +562,6 @@ def report(folder: Path | str) -> str:
     data = {"tables": tables, "notes": small, "runs": runs, "questions": questions, "results": drawn}
     write_text(folder / "report.md", text)
     write_text(folder / "report.html", page(data))
-    fill_cards(results)
     return text
 
 
@@ -540,12 +578,19 @@ def main() -> None:
     add("results", nargs="?", help="a folder of runs: write the paper's tables and a page into it")
     add("--score", metavar="P", help="print the accuracies of a predictions file")
     add("--compare", nargs=2, metavar=("A", "B"), help="print the paired difference of two")
+    add("--need", nargs=2, metavar=("REAL", "SILENT"), help="print how much of a score needs the audio")
+    add("--split", nargs="+", metavar="P", help="write the questions never, sometimes, always answered right")
+    parser.add_argument("--out", default=".", help="folder of --split's three files")
     args = parser.parse_args()
     try:
         if args.score:
             lines = summary_lines(args.score)
         elif args.compare:
             lines = [compare(*args.compare)]
+        elif args.need:
+            lines = need(*args.need)
+        elif args.split:
+            lines = split(args.split, args.out)
         else:
             lines = [report(args.results)]
         print(*lines, sep="\n")

@@ -6,21 +6,22 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import report as report_module
-import weights
 from conftest import DATA
 from data import read_questions
 from files import InputError
-from report import PAPER, bootstrap, compare, report, score_questions, summary_lines, wilson
+from report import PAPER, bootstrap, compare, need, report, score_questions, split, summary_lines, wilson
 
 HERE = Path(__file__).resolve().parent
 HOSTILE = "What </script><script>alert(1)</script><img src=x onerror=alert(1)> \u2028 & is it?"
 CONFIG = {"model": "base-7B", "parameters": 8_900_000_000, "layout": "reshard", "steps": 100}
+CONFIG["format_weight"] = 0.0
 STEP = {"official": 0.5, "hedged": 0.0, "kl": 0.1, "entropy": 1.0, "frac_reward_zero_std": 0.5}
 
 
@@ -136,7 +137,7 @@ def test_orders_count_by_their_share(tmp_path):
     rows[0] |= {"order_predictions": ["", ""], "model_prediction": ""}
     path = write_run(tmp_path, rows)
     assert score_questions(read_questions(path))["all"][0] == pytest.approx(7 / 16)
-    assert "same way in all orders: 1 of 8" in "\n".join(summary_lines(path))
+    assert "same way in all 2 orders: 1 of 8" in "\n".join(summary_lines(path))
 
 
 def test_the_program_needs_no_torch_and_says_what_is_wrong_in_one_line(tmp_path):
@@ -160,26 +161,123 @@ def test_the_program_needs_no_torch_and_says_what_is_wrong_in_one_line(tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+# ------------------------------------------------------------------------------------ does it need the audio?
+
+KINDS = ["needs", "needs", "needs", "text", "text", "misleads", "neither"]  # of questions, in turn
+RIGHT = {"needs": (1, 0), "text": (1, 1), "misleads": (0, 1), "neither": (0, 0)}  # with the clip, without
+
+
+@pytest.fixture
+def answered(tmp_path, monkeypatch):
+    """MMAU's real questions answered with the clip and without: {name: path}."""
+    if not DATA.exists():
+        pytest.skip(f"real questions are not at {DATA}")
+    monkeypatch.setattr(report_module, "RESAMPLED", 200)
+    rows = json.loads((DATA / "mmau-test-mini-original.json").read_text())
+    paths = {}
+    for place, audio in enumerate(("real", "silence")):
+        said = []
+        for i, row in enumerate(rows):
+            right = RIGHT[KINDS[i % 7]][place]
+            said.append(row | {"model_prediction": row["answer"] if right else "cannot tell"})
+        paths[audio] = write_run(tmp_path, said, audio, audio=audio)
+        for row in said:
+            row["order_predictions"] = [row["model_prediction"], "cannot tell"]
+        paths[f"{audio} twice"] = write_run(tmp_path, said, f"{audio}-twice", audio=audio, orders=2)
+    return rows, paths
+
+
+def test_which_questions_need_the_audio_is_counted(answered):
+    rows, paths = answered
+    lines = need(paths["real"], paths["silence"])
+    for column in ("task", "difficulty"):
+        for group in {row[column] for row in rows}:
+            ours = [KINDS[i % 7] for i, row in enumerate(rows) if row[column] == group]
+            counts = [100 * ours.count(kind) / len(ours) for kind in RIGHT]
+            real, silent = counts[0] + counts[1], counts[1] + counts[2]
+            line = next(line for line in lines if line.startswith(f"{column}: {group} "))
+            found = [float(number) for number in re.findall(r"\d+\.\d", line)]
+            hand = [real, silent, 100 * silent / real, *found[3:5], *counts]
+            assert found == pytest.approx(hand, abs=0.051) and line.endswith(f" n = {len(ours)}")
+            assert found[3] < found[2] < found[4]
+    average = re.findall(r"\d+\.\d", lines[1])  # 1,000 = 143 x 7 - 1, and the last kind is neither
+    assert average[:3] == ["71.5", "42.9", "60.0"] and average[5:] == ["42.9", "28.6", "14.3", "14.2"]
+    twice = need(paths["real twice"], paths["silence twice"])  # the second order is never right
+    assert re.findall(r"\d+\.\d", twice[1])[:3] == ["35.8", "21.4", "60.0"]
+    alike = "answered the same way in all 2 orders"
+    assert twice[-2:] == [f"{alike}: 285 of 1000", f"{alike}: 571 of 1000"]
+
+
+def test_questions_are_split_by_how_often_they_were_answered_right(answered, tmp_path, monkeypatch, capsys):
+    rows, paths = answered
+    chance = sum(1 / len(row["choices"]) for row in rows)
+    for names, kinds in (
+        (["silence"], {"never": ("needs", "neither"), "sometimes": (), "always": ("text", "misleads")}),
+        (
+            ["real", "silence"],
+            {"never": ("neither",), "sometimes": ("needs", "misleads"), "always": ("text",)},
+        ),
+    ):
+        lines = split([paths[name] for name in names], tmp_path / "parts")
+        for part, those in kinds.items():
+            kept = (tmp_path / "parts" / f"{part}.jsonl").read_text().splitlines()
+            assert list(map(json.loads, kept)) == [row for i, row in enumerate(rows) if KINDS[i % 7] in those]
+            assert f"{len(kept)} {part}" in lines[0]
+        assert f"guessing alone would put {chance:.0f} into" in lines[0] or len(names) == 2
+    assert len(read_questions(tmp_path / "parts" / "never.jsonl")) == 142
+    monkeypatch.setattr(
+        "sys.argv", ["report.py", "--split", str(paths["silence twice"]), "--out", str(tmp_path)]
+    )
+    report_module.main()
+    assert "right 571 never, 429 sometimes, 0 always" in capsys.readouterr().out
+
+
+def test_need_and_split_refuse_what_they_cannot_compare(tmp_path):
+    write = partial(write_run, tmp_path)
+    real = write(mmau_rows(), "real")
+    silent = write(mmau_rows(), "silent", audio="silence")
+    hidden = [{**row, "answer": ""} for row in mmau_rows()]
+    for other, words in (
+        (write(mmau_rows(), "b", audio="none", bench="mmar"), "asked alike"),
+        (write(mmau_rows(), "m", audio="none", model="other"), "asked alike"),
+        (real, "with the clip and without"),
+        (write(mmau_rows(39), "q", audio="none"), "not of the same questions"),
+        (write(mmau_rows(), "u", audio="none", unanswered={"q1": "no clip"}), "lacks 1 answers"),
+        (write(hidden, "h", audio="none"), "hide their answers"),
+        (tmp_path / "no.json", "no.meta: not what evaluate.py wrote: cannot read"),
+    ):
+        with pytest.raises(InputError, match=words):
+            need(real, other)
+    with pytest.raises(InputError, match="with the clip and without"):
+        need(silent, real)
+    with pytest.raises(InputError, match="hide their answers"):
+        split([tmp_path / "h.json"], tmp_path)
+
+
 # ----------------------------------------------------------------------------------------------- the folder
 
 
 def test_ours_stands_beside_the_papers_number(tmp_path):
     rows = mmau_rows(right=lambda i: True)
-    for run in ("base-omni", "qwen2audio-r1aqa", "omni-avqa-lora", "mine"):
+    for run in ("base-omni", "qwen2audio-r1aqa", "mine"):
         write_run(tmp_path / run, rows, model="tiny" if run == "mine" else "base-7B")
-    write_run(tmp_path / "omni-avqa", rows, "eval/mmau-mini.none", audio="none")
+    half = mmau_rows(right=lambda i: i < 20)
+    for audio, heard in (("none", rows), ("silence", half)):
+        write_run(tmp_path / "base-omni", heard, f"eval/mmau-mini.{audio}", audio=audio)
     write_run(tmp_path / "omni-avqa", [{**row, "answer": ""} for row in rows])
     text = report(tmp_path)
     assert text == (tmp_path / "report.md").read_text()
     low, high = (100 * end for end in wilson(40, 40))
     ours = f"**100.0 [{low:.1f}, {high:.1f}]**"
-    for paper in ("65.9", "65.6", "51.7"):  # reproduced, R1-AQA, and Table IV's AVQA asked without audio
+    for paper in ("65.9", "65.6", "49.3"):  # reproduced, R1-AQA, and Table IV's base asked without audio
         assert f"{ours} ({paper})" in text
-    assert "answers hidden (68.6)" in text and "AudioMCQ" not in text
-    for method in ("Omni-R1 (AVQA), LoRA (not in the paper)", "R1-AQA [7]"):
-        assert re.search(rf"\| {re.escape(method)} \| \*\*100", text)
+    assert "answers hidden (68.6)" in text and "| omni-avqa | mmau-mini | answers hidden |" in text
     assert f"| mine | mmau-mini | {ours} |" in text
-    assert text.index("### Table I:") < text.index("### Table IV") < text.index("### All runs")
+    kept = re.search(
+        r"\| base-omni \| .* \| silence 50.0 \[(.*), (.*)\]; none 100.0 \[100.0, 100.0\] \|", text
+    )
+    assert 30 < float(kept[1]) < 45 and 55 < float(kept[2]) < 70  # 20 of 40: 50 give or take 2 x 7.9
+    assert text.index("### Table I:") < text.index("### Table IV") < text.index("### Does it listen?")
     assert re.findall(r"\*\*(.*) is tiny, of unknown parameters: not the paper's", text) == ["mine"]
 
 
@@ -199,8 +297,8 @@ def test_a_broken_neighbour_costs_itself_alone(tmp_path, caplog):
     write_log(tmp_path / "good", [{"step": i, "reward": i / 9} for i in range(1, 9)])
     with open(tmp_path / "good" / "log.jsonl", "a") as file:
         file.write('{"step": 9, "re')
-    for folder in ("a", "b"):
-        write_run(tmp_path / folder, mmau_rows(), "p")  # two of one name: both appear
+    for place in ("a", "b"):
+        write_run(tmp_path / place, mmau_rows(), "p")  # two of one name: both appear
     text = report(tmp_path)
     shown = re.findall(r"^\| (\S+) \| mmau-mini \| \*\*75.0 \[", text, re.M)
     assert sorted(shown) == ["a/p", "b/p", "good", "name?\\|"]
@@ -257,18 +355,6 @@ def test_clips_are_found_from_the_page_and_it_stays_small(tmp_path):
         "It barks. </think><answer>dog</answer>"
     )
     assert (tmp_path / "results" / "report.html").stat().st_size < 1_000_000
-
-
-def test_scores_go_into_the_model_card_once(tmp_path):
-    write_run(tmp_path / "run", mmau_rows())
-    card = tmp_path / "run" / "model" / "README.md"
-    card.parent.mkdir()
-    card.write_text(f"# A model\n\n{weights.SCORES_HERE}\n\n## Recipe\n")
-    report(tmp_path)
-    first = card.read_text()
-    report(tmp_path)
-    assert card.read_text() == first and first.count("| run | mmau-mini | **75.0 [") == 1
-    assert first.startswith(f"# A model\n\n{weights.SCORES_HERE}\n") and first.endswith("\n\n## Recipe\n")
 
 
 # ------------------------------------------------------------------------------------------------- the page
@@ -342,7 +428,7 @@ def test_the_page_draws_tables_curves_samples_and_questions(tmp_path):
     rows = mmau_rows(250)
     rows[0]["question"] = HOSTILE
     write_run(tmp_path / "base-omni", rows)
-    after = mmau_rows(250, right=lambda i: i % 2 == 0)[1:] + rows[:1]
+    after = rows[:1] + mmau_rows(250, right=lambda i: i % 2 == 0)[1:]
     write_run(tmp_path / "omni-avqa", after, model="omni-avqa/model")
     steps = [STEP | {"step": i, "reward": 0.5} for i in range(1, 200)]
     steps.append({"step": 100, "eval_accuracy": 0.6, "eval_low": 0.5, "eval_high": 0.7})
