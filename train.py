@@ -61,7 +61,7 @@ from files import (
 )
 from model import AudioLM, empty_lm, load_weights
 from plan import choose_plan, plan_line, print_plan, set_batch
-from report import wilson
+from report import WINDOW, doubts, mean, wilson
 from reward import final_answer, find_reward, string_match
 from weights import checkpoint_hash, find_model
 
@@ -73,9 +73,6 @@ FREE += " save_model_every plan explain world_size gpu"
 AUTO = ["auto", "on", "off"]
 MOST_BAD = 0.1  # share of the clips that may be replaced
 FIRST_SAVE = 5  # minutes until the first checkpoint, where --save_minutes is more
-WINDOW = 20  # steps of a moving average
-DRIFT = 0.05  # by how much reward and official score may part
-LEAP = 10.0  # a KL divergence, in nats a token, that no healthy run has
 
 
 # -------------------------------------------------------------------------------------------------- options
@@ -569,62 +566,10 @@ class Journal:
         if "loss" not in row:
             return
         self.rows.append(row)
-        for name, words in warnings_of(self.rows, self.format_weight).items():
+        for name, words in doubts(self.rows, self.format_weight).items():
             if name not in self.told:
                 log.warning("step %d: %s", row["step"], words)
             self.told.add(name)
-
-
-def warnings_of(
-    rows: list[dict],
-    format_weight: float = 0.0,
-) -> dict[str, str]:
-    """What the last rows of the log give reason to doubt: name -> words.
-
-    Reward and official score part where their distance has grown by more than DRIFT, from the first 10 steps
-    to the last 20; only the growth counts, and not what --format_weight pays for the form.
-    """
-    told = {}
-    last = rows[-WINDOW:]
-    recent = rows[-WINDOW // 2 :]
-    if len(recent) == WINDOW // 2 and mean(recent, "frac_reward_zero_std") == 1:
-        told["nothing"] = (
-            f"nothing is learned: in {len(recent)} steps no group's rewards differ (reward "
-            f"{mean(recent, 'reward'):.2f}; {mean(recent, 'named_none'):.0%} of the answers name no choice). "
-            "Read samples.jsonl, and try --explain"
-        )
-    if rows[-1]["kl"] > LEAP:
-        told["leap"] = f"the KL divergence leaps to {rows[-1]['kl']:.1f}: a smaller --lr, or a larger --beta"
-    if len(rows) < WINDOW:
-        return told
-    gaps = []
-    for some in (rows[: WINDOW // 2], last):
-        form = format_weight * mean(some, "asked_form")
-        gaps.append(mean(some, "reward") - form - mean(some, "official"))
-    if gaps[1] - gaps[0] > DRIFT:
-        reasons = []
-        for name, what in SIGNS.items():
-            reasons.append(f"{what} {mean(rows[: WINDOW // 2], name):.2f} -> {mean(last, name):.2f}")
-        told["drift"] = (
-            f"reward and score part: over the last {WINDOW} steps the reward is {mean(last, 'reward'):.2f}, "
-            f"but the benchmarks' rule finds {mean(last, 'official'):.2f} of the answers right "
-            f"({'; '.join(reasons)}). Read samples.jsonl; --reward official pays what the score counts"
-        )
-    return told
-
-
-SIGNS = {
-    "hedged": "naming several choices",
-    "named_none": "naming none",
-    "completion_length": "tokens of an answer",
-}
-
-
-def mean(
-    rows: list[dict],
-    name: str,
-) -> float:
-    return sum(row.get(name, 0.0) for row in rows) / len(rows)
 
 
 def tensorboard(
@@ -807,7 +752,7 @@ def summary(
     lines = [
         f"saved {result(run.config)}; reward {first:.2f} -> {mean(journal.rows[-WINDOW:], 'reward'):.2f}"
     ]
-    for words in warnings_of(journal.rows, run.config.format_weight).values():
+    for words in doubts(journal.rows, run.config.format_weight).values():
         lines.append(f"but {words}")
     lines.append(f"next: python evaluate.py --model {out / 'model'} --data BENCHMARK.json --audio_dir CLIPS")
     lines.append(f"      python report.py {out.parent}")

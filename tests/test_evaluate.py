@@ -88,7 +88,7 @@ def few(world, tmp_path):
 
 
 def average(text):
-    return float(re.search(r"average +(\S+)", text)[1])
+    return float(re.search(r"all +(\S+)", text)[1])
 
 
 def rows_in(out):
