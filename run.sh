@@ -89,7 +89,7 @@ fetch() { # what the stages asked for need, where the disk has room for it
   [ -n "$PLAN" ] || python fetch.py --data "$DATA" $FETCH $(needs)
 }
 
-needs() { for name in $ASKED; do eval echo "$(field "$name" 3) $BENCHES"; done | tr ' ' '\n' | sort -u; }
+needs() { for name in $ASKED; do eval echo "$(field "$name" 3) $BENCHES"; done | tr ' ' '\n' | sed '/^\//d' | sort -u; } # a model's folder is here
 
 train() { # train MODEL QUESTIONS CLIPS [options]: one run of Section IV, then its evaluation
   local model=$1 questions=$2 clips=$3 out="$RESULTS/$NAME" processes=$((GPUS * NODES)) batch; shift 3
