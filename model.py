@@ -428,10 +428,10 @@ class AudioLM(nn.Module):
     def save(
         self,
         out: Path | str,
-        card: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
-        """Write a folder in the base's layout. Collective. See `weights.save_model`."""
-        save_model(self, Path(out), card)
+        """A folder in the base's layout, with a card of the settings. Collective. `weights.save_model`."""
+        save_model(self, Path(out), settings)
 
 
 def unchanged(
