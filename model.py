@@ -66,7 +66,7 @@ TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 # ------------------------------------------------------------------------------------------------- prompts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # eq: one is the other only if it is the same object
 class Prompt:
     """One question as the model reads it. The audio placeholder stands once per audio embedding."""
 
