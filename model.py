@@ -66,7 +66,7 @@ TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 # ------------------------------------------------------------------------------------------------- prompts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # eq: one is the other only if it is the same object
 class Prompt:
     """One question as the model reads it. The audio placeholder stands once per audio embedding."""
 
@@ -428,10 +428,10 @@ class AudioLM(nn.Module):
     def save(
         self,
         out: Path | str,
-        card: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
-        """Write a folder in the base's layout. Collective. See `weights.save_model`."""
-        save_model(self, Path(out), card)
+        """A folder in the base's layout, with a card of the settings. Collective. `weights.save_model`."""
+        save_model(self, Path(out), settings)
 
 
 def unchanged(

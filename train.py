@@ -470,13 +470,8 @@ class Run:
         """O/model or O/model-step-N, with a model card; with --lora, O/adapter as well. Collective."""
         config = self.config
         out = Path(config.out)
-        card = {
-            "base": config.model,
-            "data": config.data,
-            "steps": self.step,
-            "settings": vars(config),
-        }
-        self.policy.save(out / f"model{suffix}", card=card)
+        settings = {**vars(config), "steps": self.step}
+        self.policy.save(out / f"model{suffix}", settings)
         if config.lora and self.rank == 0:
             lora.save_adapter(self.pairs, out / f"adapter{suffix}", config.model)
 
