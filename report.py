@@ -545,7 +545,7 @@ def page(data: dict) -> str:
 
 
 def report(folder: Path | str) -> str:
-    """Write report.md and report.html into `folder`, scores into model cards. Returns report.md's text."""
+    """Write report.md and report.html into `folder`. Returns report.md's text."""
     folder = Path(os.path.abspath(folder))
     results = readable(folder.rglob("*.meta"), read_result, folder)
     runs = dict(readable(folder.rglob("log.jsonl"), read_run, folder))

@@ -41,7 +41,6 @@ INDEX = "model.safetensors.index.json"
 # Beside the weights; nothing else of a model folder is fetched or copied. spk_dict.pt, Qwen2.5-Omni's voices,
 # is a pickle: copied, never read.
 SMALL_FILES = ("*.json", "*.txt", "*.jinja", "spk_dict.pt")
-SCORES_HERE = "<!-- scores -->"  # in a model card; report.py writes the run's scores after it
 CARD = """---
 library_name: transformers
 pipeline_tag: audio-text-to-text
@@ -50,10 +49,6 @@ pipeline_tag: audio-text-to-text
 # {base}, fine-tuned with GRPO on audio questions (arXiv 2505.09439)
 
 {made}
-
-## Scores
-
-{scores}
 """
 WHOLE = "thinker."  # begins the names of the thinker's weights in the hub's whole Qwen2.5-Omni
 NOT_LOADED = ("inv_freq", "audio_bos_eos_token.weight")  # ends of names: tables, an embedding without a use
@@ -329,10 +324,10 @@ def saved_files(lm: nn.Module, writes: bool) -> Iterator[tuple[str, dict[str, Te
 
 
 def model_card(settings: dict[str, Any]) -> str:
-    """README.md of a saved folder: what it was made of, and where report.py puts its scores."""
+    """README.md of a saved folder: what it was made of."""
     base = settings["model"]
     known = ""
     if not os.path.isdir(base):
         known = f'base_model: "{base}"\n'  # the hub refuses a base that it does not know
     made = "\n".join(f"- {key}: `{value}`" for key, value in settings.items())
-    return CARD.format(known=known, base=base, made=made, scores=SCORES_HERE)
+    return CARD.format(known=known, base=base, made=made)
