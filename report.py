@@ -536,6 +536,55 @@ def report(folder: Path | str) -> str:
     return text
 
 
+# ------------------------------------------------------------------------------------- is a run's log healthy
+
+WINDOW = 20  # steps of a moving average
+DRIFT = 0.05  # by how much reward and official score may part
+LEAP = 10.0  # a KL divergence, in nats a token, that no healthy run has
+SIGNS = {
+    "hedged": "naming several choices",
+    "named_none": "naming none",
+    "completion_length": "tokens of an answer",
+}
+
+
+def mean(rows: list[dict], name: str) -> float:
+    return sum(row.get(name, 0.0) for row in rows) / len(rows)
+
+
+def doubts(rows: list[dict], format_weight: float = 0.0) -> dict[str, str]:
+    """What the last rows of the log give reason to doubt: name -> words.
+
+    Reward and official score part where their distance has grown by more than DRIFT, from the first 10 steps
+    to the last 20; only the growth counts, and not what --format_weight pays for the form.
+    """
+    told = {}
+    first = rows[: WINDOW // 2]
+    last = rows[-WINDOW:]
+    recent = rows[-WINDOW // 2 :]
+    if len(recent) == WINDOW // 2 and mean(recent, "frac_reward_zero_std") == 1:
+        told["nothing"] = (
+            f"nothing is learned: in {len(recent)} steps no group's rewards differ (reward "
+            f"{mean(recent, 'reward'):.2f}; {mean(recent, 'named_none'):.0%} of the answers name no choice). "
+            "Read samples.jsonl, and try --explain"
+        )
+    if rows[-1]["kl"] > LEAP:
+        told["leap"] = f"the KL divergence leaps to {rows[-1]['kl']:.1f}: a smaller --lr, or a larger --beta"
+    gaps = []
+    for some in (first, last):
+        gaps.append(mean(some, "reward") - format_weight * mean(some, "asked_form") - mean(some, "official"))
+    if len(rows) >= WINDOW and gaps[1] - gaps[0] > DRIFT:
+        reasons = []
+        for name, what in SIGNS.items():
+            reasons.append(f"{what} {mean(first, name):.2f} -> {mean(last, name):.2f}")
+        told["drift"] = (
+            f"reward and score part: over the last {WINDOW} steps the reward is {mean(last, 'reward'):.2f}, "
+            f"but the benchmarks' rule finds {mean(last, 'official'):.2f} of the answers right "
+            f"({'; '.join(reasons)}). Read samples.jsonl; --reward official pays what the score counts"
+        )
+    return told
+
+
 # ---------------------------------------------------------------------------------------------------- options
 
 
