@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from files import InputError, first_line, parse_json, read_text, sha256
+from files import InputError, LocalError, first_line, parse_json, read_text, sha256
 
 log = logging.getLogger("omni_r1")
 
@@ -326,7 +326,7 @@ def find_clips(path: Path | str, questions: list[Question], folder: Path) -> lis
 def find_clip(name: Path, folder: Path, alone: bool) -> str:
     """The file of this name, with another ending or without leading zeros; `alone`: of its bare name too."""
     short = re.sub(r"_0+(\d+)$", r"_\1", name.stem)
-    places = [folder / name.parent]
+    places = [folder / name.parent, folder / "audio" / name.parent]
     if alone:
         places.append(folder)
     for place in places:
@@ -497,7 +497,7 @@ class Asked:
     step: int
     k: int
     question: Question
-    prompt: object  # model.Prompt; None where 20 clips in a row could not be decoded
+    prompt: object  # model.Prompt
     bad: tuple[str, ...]  # why the questions before this one could not be asked
 
 
@@ -519,7 +519,7 @@ class Questions:
     def __post_init__(self):
         config = self.config
         self.each = config.batch // self.world
-        shares = np.array(config.shares or [1] * len(self.files), float)
+        shares = np.resize(config.shares or [1.0], len(self.files))
         rng = np.random.default_rng([config.seed, 1])
         self.file_of_step = rng.choice(len(self.files), size=config.steps, p=shares / shares.sum())
 
@@ -544,7 +544,7 @@ class Questions:
                 return Asked(step, k, question, prompt, tuple(bad))
             except InputError as error:
                 bad.append(str(error))
-        return Asked(step, k, question, None, tuple(bad))
+        raise LocalError(f"{len(bad)} clips in a row cannot be decoded, the last: {bad[-1]}")
 
 
 def ahead(make: Callable, items: Iterable, depth: int) -> Iterator:

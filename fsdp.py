@@ -176,11 +176,6 @@ def gather_objects(value: Any) -> list:
     return values
 
 
-def average(number: float) -> float:
-    numbers = gather_objects(number)
-    return sum(numbers) / len(numbers)
-
-
 def average_gradients(parameters: list[nn.Parameter]) -> None:
     """Gradients of parameters that are whole in each process -> their mean over the processes, in place."""
     gradients = [p.grad for p in parameters]
@@ -384,12 +379,11 @@ def save_checkpoint(
     about: dict,
     *,
     keep: int,
-    files: list[Path],
 ) -> None:
     """Write checkpoints/step-N beside its name, rename it, keep the last `keep` up to it. Collective.
 
     `tensors` (shards or whole) go through torch.distributed.checkpoint, so any number of processes can load
-    them; `about` goes into run.json, with the size of every file; `files` (log and samples) are copied along.
+    them; `about` goes into run.json, with the size of every file; the log and the samples are copied along.
     """
     folder = out / "checkpoints" / f"step-{step:06d}"
     scratch = folder.with_name("writing")
@@ -397,9 +391,8 @@ def save_checkpoint(
     if first:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        for file in files:
-            if file.exists():
-                shutil.copyfile(file, scratch / file.name)
+        for file in out.glob("*.jsonl"):
+            shutil.copy(file, scratch)
     dist.barrier()
     hook = threading.excepthook
     threading.excepthook = lambda told: None  # a writer's failure comes back as the exception

@@ -142,8 +142,8 @@ class Failed(Exception):
 def check_laws(scratch: Path, world: Path, gpus: int) -> list[str]:
     """Rows of the table: law, what was found."""
     options = ["--model", world / "model", "--data", world / "train_qa.json", "--audio_dir", world / "audio"]
-    options += ["--steps", 30, "--batch", 2 * gpus, "--lr", "1e-3", "--save_every", 1, "--max_new_tokens", 6]
-    options += ["--dtype", "bfloat16", "--cpu_offload", "off"]
+    options += ["--steps", 30, "--batch", 2 * gpus, "--lr", "1e-3", "--max_new_tokens", 6]
+    options += ["--save_minutes", 1e-9, "--dtype", "bfloat16", "--cpu_offload", "off"]
     whole = scratch / "whole"
     killed = scratch / "killed"
     finish(python(gpus, "train.py", *options, "--out", whole))
@@ -216,7 +216,7 @@ def worker(spec: Path) -> None:
         set_batch(config, world)
         row = {"options": " ".join(layout)}
         try:
-            row.update(run_steps(config, rank, world, device))
+            row.update(run_steps(config, rank, device))
         except (InputError, torch.OutOfMemoryError) as error:
             row["failed"] = str(error).splitlines()[0]
         gc.collect()
@@ -230,12 +230,10 @@ def worker(spec: Path) -> None:
     dist.destroy_process_group()
 
 
-def run_steps(config: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
+def run_steps(config: argparse.Namespace, rank: int, device: torch.device) -> dict:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    run = Run(
-        config, rank=rank, world=world, device=device, loaded=load_questions(config, check_clips_together)
-    )
+    run = Run(config, load_questions(config, check_clips_together), device)
     batches = run.batches()
     rows = []
     for _ in range(STEPS):

@@ -127,7 +127,7 @@ def test_the_evaluation_answers_with_an_adapter_as_with_the_merged_model(adapted
 
 
 def options(world, **more):
-    return arguments(world, **({"lora": RANK, "lr": 5e-3, "save_every": 2} | more))
+    return arguments(world, **({"lora": RANK, "lr": 5e-3, "save_minutes": 1e-9} | more))
 
 
 @pytest.fixture(scope="module")

@@ -206,7 +206,6 @@ def main() -> None:
     marks = {}
     with FakeTensorMode(allow_non_fake_inputs=True), Watch(memory):
         run.load_models(seconds)
-        run.make_optimizer()
         for lm in (run.policy, run.reference):
             for parameter in getattr(lm, "parameters", list)():
                 memory.track(parameter)
