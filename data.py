@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from files import InputError, first_line, parse_json, parse_lines, read_text, sha256
+from files import InputError, LocalError, first_line, parse_json, parse_lines, read_text, sha256
 
 log = logging.getLogger("omni_r1")
 
@@ -291,7 +291,7 @@ def find_clip(name: str, folder: Path) -> tuple[str, str]:
     if path.suffix not in ENDINGS.split():
         path = path.with_name(f"{path.name}.wav")
     short = re.sub(r"_0+(\d+)$", r"_\1", path.stem)
-    places = (folder / path.parent, folder)
+    places = (folder / path.parent, folder / "audio" / path.parent, folder)
     for place, stem, ending in product(places, (path.stem, short), (path.suffix, *ENDINGS.split())):
         if stem + ending in clips_in(place):
             return str(path), str(place / (stem + ending))
@@ -436,7 +436,7 @@ class Asked:
     step: int
     k: int
     question: Question
-    prompt: object  # model.Prompt; None where 20 clips in a row could not be decoded
+    prompt: object  # model.Prompt
     bad: tuple[str, ...]  # why the questions before this one could not be asked
 
 
@@ -459,7 +459,7 @@ class Questions:
     def __post_init__(self):
         config = self.config
         self.each = config.batch // self.world
-        shares = np.array(config.shares or [1] * len(self.files), float)
+        shares = np.resize(config.shares or [1.0], len(self.files))
         rng = np.random.default_rng([config.seed, 1])
         self.file_of_step = rng.choice(len(self.files), size=config.steps, p=shares / shares.sum())
 
@@ -476,16 +476,15 @@ class Questions:
         epoch, place = divmod(steps_before * self.config.batch + k, len(questions))
         order = np.random.default_rng([self.config.seed, 2, file, epoch]).permutation(len(questions))
         others = np.random.default_rng([self.config.seed, 3, step, k]).permutation(len(questions))
-        prompt = None
         bad = []
         for index in [order[place], *others[:19]]:
             question = questions[index]
             try:
                 prompt = self.encode(question, not self.config.no_audio)
-                break
+                return Asked(step, k, question, prompt, tuple(bad))
             except InputError as error:
                 bad.append(str(error))
-        return Asked(step, k, question, prompt, tuple(bad))
+        raise LocalError(f"{len(bad)} clips in a row cannot be decoded, the last: {bad[-1]}")
 
 
 def ahead(make: Callable, items: Iterable, depth: int) -> Iterator:

@@ -122,7 +122,7 @@ def measure(folder: Path, layout: list[str], rank: int, world: int, device: torc
     loaded = load_questions(config, check_clips_together)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    run = Run(config, rank=rank, world=world, device=device, loaded=loaded)
+    run = Run(config, loaded, device)
     batches = run.batches()
     rows = []
     free = []

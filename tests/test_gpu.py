@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def options_of(world, **more) -> list[str]:
-    return arguments(world, batch=2, steps=3, lr=1e-4, dtype="bfloat16", save_every=1, **more)
+    return arguments(world, batch=2, steps=3, lr=1e-4, dtype="bfloat16", save_minutes=1e-9, **more)
 
 
 @pytest.fixture(scope="module")

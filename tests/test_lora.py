@@ -104,7 +104,7 @@ def test_peft_reads_our_adapter_and_we_read_its_own(adapted, tmp_path):
 
 
 def options(world, **more):
-    return arguments(world, **({"lora": RANK, "lr": 5e-3, "save_every": 2} | more))
+    return arguments(world, **({"lora": RANK, "lr": 5e-3, "save_minutes": 1e-9} | more))
 
 
 @pytest.fixture(scope="module")

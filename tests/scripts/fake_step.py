@@ -205,7 +205,6 @@ def main() -> None:
     measured = {}
     with FakeTensorMode(allow_non_fake_inputs=True), Watch(memory):
         run.load_models(seconds)
-        run.make_optimizer()
         kept = []
         for state in run.optimizer.state.values():
             kept += [state["exp_avg"], state["exp_avg_sq"]]
