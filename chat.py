@@ -85,9 +85,7 @@ class ChatClient:
             except Exception as error:  # its text may hold headers, and with them the key
                 reason = type(error).__name__
             now = time.monotonic()
-            if (
-                pause > 1 and now > self.quiet_until
-            ):  # once for all workers, and not at the first two failures
+            if pause > 1 and now > self.quiet_until:  # once for all workers, not at the first two failures
                 most = pause + LONGEST_WAIT * (TRIES - attempt)
                 self.quiet_until = now + most
                 log.warning("no answer from %s (%s): trying again for up to %d s", self.name, reason, most)
