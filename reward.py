@@ -15,17 +15,29 @@ from files import InputError, LocalError
 # The form of a reply that each of data.PROMPTS asks for; r1-aqa's format reward checks the first.
 ANSWER = "<answer></answer>"
 THINK = "<think></think><answer></answer>"
-FORMS = {"answer": ANSWER, "think": THINK, "brief": THINK}
+FORMS = {
+    "answer": ANSWER,
+    "think": THINK,
+    "brief": THINK,
+}
 
 
-def accuracy_reward(response: str, answer: str, choices: list[str]) -> float:
+def accuracy_reward(
+    response: str,
+    answer: str,
+    choices: list[str],
+) -> float:
     """Eq. 2: 1.0 if the response names the right answer and no wrong choice, else 0.0; nothing else."""
     choices = [*choices, answer]
     right = named_choices(answer, choices)
     return float(named_choices(response, choices) == right != [])
 
 
-def contains_reward(response: str, answer: str, choices: list[str]) -> float:
+def contains_reward(
+    response: str,
+    answer: str,
+    choices: list[str],
+) -> float:
     """Eq. 2 to the letter: 1.0 if the response contains the right answer, whatever else it names."""
     choices = [*choices, answer]
     right = named_choices(answer, choices)
@@ -84,8 +96,7 @@ def string_match(answer: str, prediction: str, choices: list[str]) -> bool:
 
 
 def tokens(text: str) -> set[str]:
-    words = re.findall(r"\b\w+\b", text.lower())
-    return set(words)
+    return set(re.findall(r"\b\w+\b", text.lower()))
 
 
 def final_answer(text: str, prompt: str) -> str:
