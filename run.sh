@@ -130,7 +130,7 @@ any_bench() { # fails, before hours of training and not after, where no benchmar
 }
 
 evaluate() { # evaluate MODEL [options]: every benchmark, with and without audio, with one loading of the model
-  local model=$1 bench audio out questions clips data=() dirs=() audios=() names=() outs=(); shift
+  local model=$1 bench audio out questions clips wanted=(); shift
   [ -z "$PLAN" ] || { echo "$NAME: an evaluation, whose hours are not counted"; return; }
   any_bench
   for bench in $BENCHES; do
@@ -139,13 +139,12 @@ evaluate() { # evaluate MODEL [options]: every benchmark, with and without audio
     for audio in $AUDIO; do
       out="$RESULTS/$NAME/eval/$bench.$audio.json"
       if [ -f "$out" ] && grep -qs '"unanswered": {}' "${out%.json}.meta"; then continue; fi # else what is missing is asked again
-      data+=("$questions"); dirs+=("$clips"); audios+=("$audio"); names+=("$bench"); outs+=("$out")
+      wanted+=(--and --data "$questions" --audio_dir "$clips" --audio "$audio" --bench "$bench" --out "$out")
     done
   done
-  [ ${#outs[@]} != 0 ] || return 0
-  say "$NAME: evaluation (${#outs[@]} benchmarks)"
-  launch evaluate.py --model "$model" --data "${data[@]}" --audio_dir "${dirs[@]}" --audio "${audios[@]}" --bench "${names[@]}" \
-    --out "${outs[@]}" --prompt "$PROMPT" "$@" $EVAL
+  [ ${#wanted[@]} != 0 ] || return 0
+  say "$NAME: evaluation"
+  launch evaluate.py --model "$model" --prompt "$PROMPT" "$@" $EVAL "${wanted[@]:1}"
 }
 
 generate() { # generate IDS [options]: captions -> ChatGPT -> questions (Section III-C)

@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,6 @@ from transformers import AutoConfig
 import fsdp
 import grpo
 from data import Asked, Question
-from evaluate import encode, make_batches
 from model import load_model
 from reward import accuracy_reward
 from tiny import make_world
@@ -234,8 +232,7 @@ def bench_evaluation(folder, family, repeat):
         soundfile.write(clip, rng.standard_normal(int(16_000 * length)).astype("float32") * 0.1, 16_000)
         questions.append(replace(the_question(folder), id=str(i), audio=str(clip)))
     ids_of = {q.id: ours.encode(q).input_ids for q in questions}  # tokens are not what is measured
-    batches = make_batches(questions, argparse.Namespace(audio="real", seed=0, orders=1, batch_size=4))
-    lock = threading.Lock()
+    questions.sort(key=lambda question: os.path.getsize(question.audio))  # as evaluate.py does
 
     def all_of_theirs():
         for batch in (questions[:16], questions[16:]):
@@ -245,8 +242,8 @@ def bench_evaluation(folder, family, repeat):
             published.generate(padded.clamp(min=0), (padded >= 0).long(), audio, do_sample=False)
 
     def all_of_ours():
-        for b in range(8):  # 32 in batches of 4 lie as close in length as 1,000 in batches of 64
-            prompts = [encode(asked, ours.prompts, "real", lock) for asked in batches[b]]
+        for b in range(0, 32, 4):  # 32 in batches of 4 lie as close in length as 1,000 in batches of 64
+            prompts = [ours.encode(question) for question in questions[b : b + 4]]
             ours.generate(prompts, NEW_TOKENS)
 
     t = seconds({"published": all_of_theirs, "ours": all_of_ours}, repeat)
