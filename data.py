@@ -283,18 +283,20 @@ BLOCK = 2**16  # frames decoded at a time: 1 MB of FLAC can hold gigabytes of ei
 def find_clip(name: str, folder: Path) -> tuple[str, str]:
     """A clip's path below `folder`, and its file: there, or of its bare name; as expected if there is none.
 
-    Of a name that leads out of the folder the part that does not is taken. The file may have another ending,
-    or lack the leading zeros of the second after "_".
+    Also below `audio` in the folder. Of a name that leads out of the folder the part that does not is taken.
+    The file may have another ending, or lack the leading zeros of the second after "_".
     """
     inside = os.path.relpath(folder / name, folder)
     path = Path(os.path.normpath(f"/{inside}")[1:])
     if path.suffix not in ENDINGS.split():
         path = path.with_name(f"{path.name}.wav")
     short = re.sub(r"_0+(\d+)$", r"_\1", path.stem)
-    places = (folder / path.parent, folder / "audio" / path.parent, folder)
-    for place, stem, ending in product(places, (path.stem, short), (path.suffix, *ENDINGS.split())):
-        if stem + ending in clips_in(place):
-            return str(path), str(place / (stem + ending))
+    audio = folder / "audio"  # where fetch.py puts the clips of a set
+    for place in (folder / path.parent, folder, audio / path.parent, audio):
+        names = clips_in(place)
+        for stem, ending in product((path.stem, short), (path.suffix, *ENDINGS.split())):
+            if stem + ending in names:
+                return str(path), str(place / (stem + ending))
     return str(path), str(folder / path)
 
 

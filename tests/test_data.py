@@ -148,12 +148,14 @@ b/none.ogg | b/none.ogg
 two | two.wav
 a/../two.mp4 | two.mp4
 /no/such/film | film.mp4
+fetched.wav | audio/fetched.flac
+c/fetched.wav | audio/c/fetched.wav
 """
 
 
 def test_a_clip_is_found_by_its_whole_path_or_else_its_bare_name_and_never_as_anothers(tmp_path):
     folder = put(tmp_path / "clips", "deep.flac", "a/deep.wav", "a/only.mp3", "../secret.wav", "two.wav", "two.mp4",
-                 "film.mp4", "dog/001.wav", "cat/001.wav")  # fmt: skip
+                 "film.mp4", "dog/001.wav", "cat/001.wav", "audio/fetched.flac", "audio/c/fetched.wav")  # fmt: skip
     for name, expected in cells_of(FOUND):
         assert clips_of(folder, [name]) == [expected], name
     both = ["dog/001.wav", "cat/001.wav", "dog/001.wav"]

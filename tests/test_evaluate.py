@@ -88,8 +88,8 @@ def few(tmp_path):
     return {"data": tmp_path / "few.json", "audio_dir": tmp_path / "clips"}
 
 
-def average(text):
-    return float(re.search(r"all +(\S+)", text)[1])
+def average(said):
+    return float(re.search(r"all +(\S+)", said)[1])
 
 
 def change(few, **keys):
@@ -105,10 +105,6 @@ def rows_in(out):
 
 def about(out):
     return json.loads(out.with_suffix(".meta").read_text())
-
-
-def average(said):
-    return float(re.search(r"average +(\S+)", said)[1])
 
 
 def share_right(rows):
