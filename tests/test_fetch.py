@@ -247,7 +247,7 @@ def test_no_name_leads_out_of_the_folder(tmp_path, small):
             member.linkname = "/etc/passwd"
             archive.addfile(member)
     names = ("../../../up.wav", "/root/abs.wav", "..", "a\0b.wav", "fine.wav")
-    hub.write_stream(data / "avqa/download/evil.arrow", [avqa_row(name, sound) for name in names])
+    hub.write_table(data / "avqa/download/evil.arrow", [avqa_row(name, sound) for name in names])
     for file, source, written in (("evil.tar.gz", "mmar", 3), ("evil.arrow", "avqa", 4)):
         wrong = []
         clips = fetch.unpack(fetch.SETS[source], file, data, [], wrong)
@@ -267,13 +267,13 @@ def test_broken_rows_are_named_and_too_many_or_too_few_stop(small, server, tmp_p
     rows[5]["answer"] = "B. c"
     rows[7]["audio"] = None
     change(monkeypatch, "avqa", rows="40")
-    hub.write_stream(shards / "data-00000-of-00003.arrow", rows)
+    hub.write_table(shards / "data-00000-of-00003.arrow", rows)
     get("avqa", tmp_path / "few")
     missing = (tmp_path / "few/avqa/missing.txt").read_text().splitlines()
     assert ["row 4" in missing[0], "row 6" in missing[1], "0x" in missing[0]] == [True, True, False]
     assert "row 8" in missing[2] and len(missing) == 3
     rows[9]["audio"] = {"bytes": b"no sound", "path": ""}
-    hub.write_stream(shards / "data-00000-of-00003.arrow", rows)
+    hub.write_table(shards / "data-00000-of-00003.arrow", rows)
     with pytest.raises(InputError, match="avqa: 36 rows, 4 missing or broken"):
         get("avqa", tmp_path / "many")
     assert not (tmp_path / "many/avqa/complete.json").exists()
