@@ -38,7 +38,7 @@ import fsdp
 import grpo
 from data import Asked, Question
 from evaluate import encode, make_batches
-from model import Tokens, decoding_mask, load_model, pack_prompts
+from model import Tokens, decoding_mask, load_model, pack
 from reward import accuracy_reward
 from tiny import make_world
 from train import parse
@@ -175,7 +175,9 @@ class Floor(Ours):
         rows, columns = torch.zeros(group, dtype=torch.long), torch.arange(group)
         cache, said = DynamicCache(), []
         with torch.no_grad():
-            logits = lm(pack_prompts([self.prompt], lm.prompts.audio_token_id), cache).expand(group, -1)
+            logits = lm(pack([self.prompt], [[]], lm.prompts.audio_token_id, lm.device), cache).expand(
+                group, -1
+            )
             for step in range(1, NEW_TOKENS + 1):
                 said.append(logits.argmax(-1).unsqueeze(0))
                 if step < NEW_TOKENS:
