@@ -486,14 +486,43 @@ def hear_omni(
     features = torch.cat(heard, dim=1).to(device)
     lengths = torch.tensor([clip.frames for clip in clips])
     chunks, chunk_lengths = omni.chunk_and_pad_features(features, lengths, tower.n_window)
+    places = omni.get_valid_indices(chunk_lengths).to(device)
+    convolved = (chunk_lengths - 1) // 2 + 1
+    is_padding = torch.arange(int(convolved.max())) >= convolved.view(-1, 1, 1, 1)
+    bias = torch.zeros(is_padding.shape).masked_fill(is_padding, -math.inf)
+    tower.config._attn_implementation = "chunks"
     return tower(
         padded_feature=chunks,
         chunk_lengths=chunk_lengths.to(device),
-        valid_indices=omni.get_valid_indices(chunk_lengths).to(device),
+        valid_indices=places,
         pool_indices=omni.get_pool_indices(lengths).to(device),
-        cu_seqlens=omni.get_audio_cu_seqlens(chunk_lengths),
+        cu_seqlens=torch.tensor([0, len(places)]),  # one piece, which attend_in_chunks takes apart
         feature_lens=lengths,
+        places=places,
+        bias=bias.to(device),
     ).last_hidden_state
+
+
+def attend_in_chunks(
+    layer: nn.Module,
+    *projected: Tensor,
+    places: Tensor,
+    bias: Tensor,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """One call for all chunks of 2 s, padded to the longest; transformers makes one for each.
+
+    Three (1, heads, L, size), all chunks one after the other -> (1, L, heads, size). `places` (L,) are their
+    tokens' among the padded ones, `bias` (chunks, 1, 1, longest) is -inf for padding.
+    """
+    packed = torch.cat(projected).transpose(1, 2)  # (3, L, heads, size)
+    padded = packed.new_zeros(3, bias.numel(), *packed.shape[2:]).index_copy(1, places, packed)
+    padded = padded.unflatten(1, (len(bias), -1)).transpose(2, 3)  # (3, chunks, heads, longest, size)
+    said = F.scaled_dot_product_attention(*padded, bias.to(packed.dtype), scale=layer.scaling)
+    return said.transpose(1, 2).flatten(0, 1)[None, places], None
+
+
+omni.ALL_ATTENTION_FUNCTIONS.register("chunks", attend_in_chunks)
 
 
 def hear_whisper(
