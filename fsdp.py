@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
-from files import InputError, one_writer, parse_json, read_text, write_text
+from files import InputError, LocalError, first_line, one_writer, parse_json, read_text, write_text
 
 if "RANK" in os.environ:  # torchrun's: Linux kills this process when torchrun dies, which leaves no writer
     with contextlib.suppress(OSError, AttributeError):  # elsewhere the lock on --out alone must do
@@ -51,7 +51,15 @@ log = logging.getLogger("omni_r1")
 
 
 def start_processes(minutes: float = 30) -> tuple[int, int, torch.device]:
-    """Join torchrun's processes, or be the only one. Returns (rank, world size, device)."""
+    """Join torchrun's processes, or be the only one: (rank, world size, device). Raises LocalError."""
+    try:
+        return join_processes(minutes)
+    except (ValueError, dist.DistError) as error:
+        told = "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+        raise LocalError(f"{told} are not as torchrun sets them: {first_line(error)}") from None
+
+
+def join_processes(minutes: float) -> tuple[int, int, torch.device]:
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -402,9 +410,8 @@ def save_checkpoint(
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(scratch, thread_count=4))
     except CheckpointException as error:
         why = next(iter(error.failures.values()))[0]
-        raise InputError(
-            f"the checkpoint of step {step} cannot be written ({why}); what was saved before is intact"
-        ) from None
+        before = "the one before is intact" if checkpoints(out) else "there is none before it"
+        raise InputError(f"the checkpoint of step {step} cannot be written ({why}); {before}") from None
     finally:
         threading.excepthook = hook
     if first:
@@ -425,7 +432,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place with what `save_checkpoint` wrote, under this number of processes."""
+    """Fill `tensors` in place with what `save_checkpoint` wrote, under this number of processes.
+
+    torch unpickles the folder's `.metadata`, which can run code: a checkpoint must be one's own.
+    """
     try:
         dcp.load(tensors, checkpoint_id=folder)
     except CheckpointException as error:
