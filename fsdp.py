@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
-from files import InputError, one_writer, parse_json, read_text, write_text
+from files import InputError, LocalError, first_line, one_writer, parse_json, read_text, write_text
 
 if "RANK" in os.environ:  # torchrun's: Linux kills this process when torchrun dies, which leaves no writer
     with contextlib.suppress(OSError, AttributeError):  # elsewhere the lock on --out alone must do
@@ -50,7 +50,19 @@ log = logging.getLogger("omni_r1")
 
 
 def start_processes(minutes: float = 30) -> tuple[int, int, torch.device]:
-    """Join torchrun's processes, or be the only one. Returns (rank, world size, device)."""
+    """Join torchrun's processes, or be the only one: (rank, world size, device). Raises LocalError."""
+    try:
+        device = join_processes(minutes)
+    except (ValueError, RuntimeError) as error:
+        wanted = (
+            "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and a GPU for each process of a node"
+        )
+        raise LocalError(f"torchrun sets {wanted}; here: {first_line(error)}") from None
+    be_deterministic()
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def join_processes(minutes: float) -> torch.device:
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
@@ -66,8 +78,7 @@ def start_processes(minutes: float = 30) -> tuple[int, int, torch.device]:
     if "RANK" not in os.environ:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=timedelta(minutes=minutes), **alone)  # a hung collective's end
-    be_deterministic()
-    return dist.get_rank(), dist.get_world_size(), device
+    return device
 
 
 def check_driver(root: Path = Path("/")) -> None:
@@ -361,9 +372,8 @@ def save_checkpoint(
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(scratch, thread_count=4))
     except CheckpointException as error:
         why = next(iter(error.failures.values()))[0]
-        raise InputError(
-            f"the checkpoint of step {step} cannot be written ({why}); what was saved before is intact"
-        ) from None
+        before = "the one before is intact" if checkpoints(out) else "there is none before it"
+        raise InputError(f"the checkpoint of step {step} cannot be written ({why}); {before}") from None
     finally:
         threading.excepthook = hook
     if first:
@@ -381,7 +391,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place with what `save_checkpoint` wrote, under this number of processes."""
+    """Fill `tensors` in place with what `save_checkpoint` wrote, under this number of processes.
+
+    torch unpickles the folder's `.metadata`, which can run code: a checkpoint must be one's own.
+    """
     dcp.load(tensors, checkpoint_id=folder)
 
 

@@ -160,7 +160,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--world_size", type=WHOLE, default=0, help="--plan: number of GPUs (0: as found)")
     add("--gpu", default="", help="--plan: the card's name, or its GiB (as found)")
     add = parser.add_argument_group("what is written").add_argument
-    add("--out", default="results/omni-avqa", help="the run's folder: log, samples, checkpoints, model")
+    add("--out", default="results/omni-avqa", help="the run's folder; one with checkpoints must be your own")
     add("--save_minutes", type=POSITIVE, default=20, help="minutes between checkpoints; the first after 5")
     add("--save_every", type=WHOLE, default=0, help="steps between checkpoints instead (0: by minutes)")
     add("--keep", type=COUNT, default=2, help="checkpoints kept (12 bytes a parameter each)")
@@ -171,6 +171,10 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 def check_arguments(config: Namespace) -> None:
     """InputError for options that contradict one another, before anything is read."""
+    if AVQA in config.data and not Path(AVQA).exists():
+        raise InputError(
+            f"cannot read {AVQA}: python fetch.py avqa fetches it (13 GB); or give another --data"
+        )
     files = len(config.data)
     for name in ("audio_dir", "shares"):
         given = len(getattr(config, name))
@@ -333,9 +337,12 @@ class Run:
 
         All processes answer all of them: their collectives pair up, and it is seconds of a run of hours.
         """
+        count = len(self.held_out)
+        if count == 0:
+            return
         started = time.perf_counter()
         right = 0
-        for first in range(0, len(self.held_out), 16):
+        for first in range(0, count, 16):
             questions = self.held_out[first : first + 16]
             prompts = []
             for question in questions:
@@ -349,8 +356,7 @@ class Run:
                 said = final_answer(self.policy.decode(answer), self.config.prompt)
                 right += string_match(question.answer, said, question.choices)
         fsdp.release(self.policy)
-        count = len(self.held_out)
-        if count and self.journal:
+        if self.journal:
             row = {"step": self.step, "eval_accuracy": right / count}
             row["eval_low"], row["eval_high"] = wilson(right, count)
             row["eval_questions"] = count
@@ -519,12 +525,7 @@ def train(config: Namespace) -> int:
         about = {**vars(config), **now, "layout": str(run.layout), "parameters": run.plan.whole}
         write_text(out / "config.json", json.dumps(about, indent=1))
     with logging_redirect_tqdm(), closing(fsdp.Stop()) as stop:
-        code = learn(run, stop)
-    if rank == 0 and code == 0:
-        os.sync()  # the disk has what they led to
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        run.journal.summary()
-    return code
+        return learn(run, stop)
 
 
 def check_clips_together(clips: list[str]) -> dict[str, str | float]:
@@ -592,6 +593,10 @@ def learn(run: Run, stop: fsdp.Stop) -> int:
             ready = time.perf_counter()
     run.score_held_out()
     run.save_model()
+    if run.journal:
+        os.sync()  # the disk has what the checkpoints led to
+        shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
+        run.journal.summary()
     return 0
 
 

@@ -191,7 +191,7 @@ def test_a_run_is_the_same_on_any_number_of_processes_and_in_any_layout(
     rows, expected = log(second), log(first)
     assert rows[0]["kl"] == 0 or "updates" in both  # exactly 0 before the first update
     assert any(row["frac_reward_zero_std"] < 1 for row in rows)  # some advantages are not zero
-    assert ("updates" in both and "lora" not in both) == any(row["clip_ratio"] > 0 for row in rows)
+    assert "updates" not in both or "lora" in both or any(row["clip_ratio"] > 0 for row in rows)
     for row, other in zip(rows, expected, strict=True):
         for key in ("loss", "grad_norm", "clip_ratio", "kl", "entropy"):
             assert row[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), key  # a KL can be 100
@@ -469,6 +469,7 @@ BAD_ARGUMENTS = {
     "seed": (2**64, "--seed"),
     "shares": ("nan", "--shares"),
     "lr": ("inf", "--lr"),
+    "temperature": (1e-40, "--temperature"),
     "beta": ("nan", "--beta"),
     "reward": ("no_such.py:f", "no_such.py"),
     "eval_data": ("nothing.json", "nothing.json"),
