@@ -180,57 +180,56 @@ def lasting_bytes(plan: Plan) -> dict[str, float]:
 
 
 def passing_bytes(plan: Plan) -> dict[str, float]:
-    """What else each GPU has while responses are drawn, in a pass's backward, and once that is over."""
+    """What else each GPU has while responses are drawn, in a pass's backward, and once that is over.
+
+    Of what is gathered and reduced the vocabulary's matrix is the largest; answers are of full length.
+    """
     layout = plan.layout
+    config = plan.config
+    text = plan.text
     size = plan.dtype.itemsize
     sharded = layout.reshard or not plan.lora
     whole = size * plan.whole * sharded
     vocabulary = plan.vocabulary * sharded
-    gathering = 2 * size * vocabulary  # beside the layer before it, or in fp32 from the host
     # Its gradients in fp32, this process's part of their sum, and as they were computed.
     reducing = (4 + 4 / plan.gpus + size * (plan.gpus > 1)) * vocabulary
-    held = whole
+    drawing = (
+        whole + 2 * size * vocabulary
+    )  # being gathered, beside the layer before it or in fp32 from the host
     if layout.reshard:
         whole = size * vocabulary * (plan.gpus > 1)  # the last buffer
         if not layout.gathered_rollout:
-            held = size * vocabulary
+            drawing = 3 * size * vocabulary
     gradients = 4 * plan.whole / plan.gpus
     if plan.lora or layout.offload.startswith("on"):
         gradients = 0.0  # with the pairs, or in host memory
-    repeated = plan.passes * plan.config.updates > 1  # gradients are there from the first pass on
-    activations, layer, cache = activation_bytes(plan)
-    rows = layout.questions_per_pass * (plan.config.group_size * (plan.config.max_new_tokens - 1) + 1)
-    logits = 12 * rows * plan.text.vocab_size  # their softmax and its gradient too
-    again = layer * layout.checkpointing
+    repeated = plan.passes * config.updates > 1  # gradients are there from the first pass on
+
+    # Of a pass: the text's tokens, 25 a second of sound (50 in the tower), the answers'; what a layer of the
+    # decoder makes of them, and what is kept of it.
+    in_pass = size * layout.questions_per_pass
+    tokens = in_pass * (TEXT + 25 * plan.clip_seconds + config.group_size * config.max_new_tokens)
+    heads = text.num_key_value_heads / text.num_attention_heads
+    cache = 2 * tokens * text.hidden_size * heads * text.num_hidden_layers
+    layer = tokens * (13 * text.hidden_size + 4 * text.intermediate_size)
+    kept = layer
+    again = 0.0
+    if layout.checkpointing:
+        kept = tokens * text.hidden_size
+        again = layer
+    activations = text.num_hidden_layers * kept + 10 * tokens * text.hidden_size  # these around the last norm
+    if plan.audio is not None and not plan.lora:
+        heard = 9 * plan.audio.d_model + 2 * plan.audio.encoder_ffn_dim
+        if layout.checkpointing:
+            heard = plan.audio.d_model
+        activations += in_pass * 50 * plan.clip_seconds * heard * plan.audio.encoder_layers
+    logits = 12 * layout.questions_per_pass * config.group_size * config.max_new_tokens * text.vocab_size
     last = max(reducing, again + 0.6 * reducing, logits)  # a layer is about half the vocabulary's size
     return {
-        "rollout": held + gathering + cache + 0.6 * layer,
+        "rollout": drawing + cache + 0.6 * layer,
         "backward": whole + gradients * repeated + activations + last,
         "end": whole + gradients + reducing,
     }
-
-
-def activation_bytes(plan: Plan) -> tuple[float, float, float]:
-    """(kept for the backward, of a decoder's layer, keys and values) of one pass; answers of full length."""
-    text = plan.text
-    audio = plan.audio
-    checkpointing = plan.layout.checkpointing
-    # The text's, 25 a second of sound, and the answers'.
-    tokens = TEXT + 25 * plan.clip_seconds + plan.config.group_size * plan.config.max_new_tokens
-    layer = tokens * (13 * text.hidden_size + 4 * text.intermediate_size)
-    kept = layer
-    if checkpointing:
-        kept = tokens * text.hidden_size
-    kept = text.num_hidden_layers * kept + 10 * tokens * text.hidden_size  # around the last norm
-    if audio is not None and not plan.lora:
-        per_position = 9 * audio.d_model + 2 * audio.encoder_ffn_dim
-        if checkpointing:
-            per_position = audio.d_model
-        kept += 50 * plan.clip_seconds * per_position * audio.encoder_layers
-    heads = text.num_key_value_heads / text.num_attention_heads
-    cache = 2 * tokens * text.num_hidden_layers * text.hidden_size * heads
-    scale = plan.layout.questions_per_pass * plan.dtype.itemsize
-    return scale * kept, scale * layer, scale * cache
 
 
 # ------------------------------------------------------------------------------------------------- choosing
@@ -315,9 +314,9 @@ def best(plan: Plan) -> Plan:
     sizes = range(1, plan.questions + 1)
     if config.accumulation:
         sizes = [math.ceil(plan.questions / config.accumulation)]
-    reshards = switches[config.reshard]
+    given_up = (switches[config.reshard], switches[config.checkpointing], offloads)
     found = []
-    for axes in product(reshards, switches[config.checkpointing], offloads, (True, False), sizes):
+    for axes in product(*given_up, (True, False), sizes):
         found.append(replace(plan, layout=Layout(*axes)))
     fitting = [one for one in found if not one.why_not()]
     if fitting:
@@ -336,9 +335,8 @@ def refusal(closest: Plan) -> str:
     pairs = best(replace(closest, lora=32))
     if not closest.lora and not pairs.why_not():
         would.append(f"--lora 32 ({sum(pairs.gpu.values()) / GIB:.1f} GiB a GPU)")
-    if not would:
-        would.append("a smaller model, or a smaller --group_size or --max_new_tokens")
-    return f"does not fit: {closest.why_not()}, even with {closest.layout}; what would: {' or '.join(would)}"
+    what = " or ".join(would) or "a smaller model, or a smaller --group_size or --max_new_tokens"
+    return f"does not fit: {closest.why_not()}, even with {closest.layout}; what would: {what}"
 
 
 def available_host_memory(root: Path = Path("/")) -> float:
@@ -402,18 +400,18 @@ def step_seconds(plan: Plan) -> float:
 # ------------------------------------------------------------------------------------------------- printing
 
 
-def hours_line(plan: Plan) -> str:
-    hours = step_seconds(plan) * plan.config.steps / 3600
-    return f"about {hours:.1f} hours for {plan.config.steps} steps on {plan.card.name}, not measured"
-
-
 def plan_line(plan: Plan) -> str:
-    """What a run says of its plan when it starts."""
-    if plan.card.memory == math.inf:
+    """What a run says of its plan when it starts, and --plan at its end."""
+    if plan.card.memory == math.inf and not plan.config.plan:
         return f"layout: {plan.layout}"
+    steps = plan.config.steps
+    hours = step_seconds(plan) * steps / 3600
     gpu = sum(plan.gpu.values()) / GIB
     host = sum(plan.host.values()) / GIB
-    return f"layout: {plan.layout}; {gpu:.1f} GiB a GPU, {host:.1f} of host memory; {hours_line(plan)}"
+    return (
+        f"layout: {plan.layout}; {gpu:.1f} GiB a GPU, {host:.1f} of host memory; "
+        f"about {hours:.1f} hours for {steps} steps on {plan.card.name}, not measured"
+    )
 
 
 def print_plan(config: argparse.Namespace) -> None:
@@ -424,13 +422,10 @@ def print_plan(config: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16  # of the GPUs that are meant
     plan = choose_plan(model, gpus // config.replicas, dtype, config, device)
-    print(f"layout: {plan.layout}")
     for where, parts in {"each GPU": plan.gpu, "host memory": plan.host, "disk": plan.disk}.items():
         print(f"{where}: {sum(parts.values()) / GIB:.1f} GiB")
         for what, value in parts.items():
             print(f"  {value / GIB:8.2f}  {what}")
-    size = 12 * plan.trained
-    print(
-        f"a checkpoint: {size / GIB:.1f} GiB, {size / DISK:.0f} s where a node writes {DISK / 1e9:.0f} GB/s"
-    )
-    print(f"total: {hours_line(plan)}")
+    checkpoint = f"{12 * plan.trained / GIB:.1f} GiB, {12 * plan.trained / DISK:.0f} s"
+    print(f"a checkpoint: {checkpoint} where a node writes {DISK / 1e9:.0f} GB/s")
+    print(plan_line(plan))
