@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -131,8 +131,7 @@ def bootstrap(values: Sequence, statistic: Callable = np.mean) -> tuple[float, f
     """95 % percentile interval of a statistic of (n, ...) values, one row a question, over resampled rows."""
     rng = np.random.default_rng(0)
     found = [statistic(rng.choice(values, len(values))) for _ in range(RESAMPLED)]
-    low, high = np.percentile(found, [2.5, 97.5])
-    return low, high
+    return tuple(np.percentile(found, [2.5, 97.5]))
 
 
 def percent(share: float, low: float, high: float, *_: int) -> str:
@@ -367,16 +366,16 @@ def retained(shares: np.ndarray) -> str:
 
 
 def read_finished(path: str) -> Result:
-    """An evaluation that was answered to its end. Raises InputError."""
+    """An evaluation that was answered to its end; questions without an answer are left out, and counted."""
     meta = Path(path).with_suffix(".meta")
     try:
         result = read_result(meta, meta.parent)
-        missing = len(result.about["unanswered"])
+        missing = result.about["unanswered"]
     except Exception as error:
         raise InputError(f"{path}, {meta.name}: not what evaluate.py wrote: {first_line(error)}") from None
     if missing:
-        raise InputError(f"{path} lacks {missing} answers: the command that made it goes on with them")
-    return result
+        log.warning("%s: %d questions have no answer, and are left out", path, len(missing))
+    return replace(result, questions=[one for one in result.questions if one.id not in missing])
 
 
 def need(real: str, silent: str) -> list[str]:
@@ -496,9 +495,8 @@ def cell_text(cell: str | list) -> str:
 def draw(results: list[Result], runs: dict[str, dict], folder: Path) -> tuple[list, dict]:
     """The page's results, and {benchmark: {id: a question}}, each with what the results said.
 
-    A result is (run, benchmark, audio, scores, its gain over what the run was trained from or None), the gain
-    (that run, score before, after, their difference with its interval). "said" is {place of the result:
-    [answer, share of the orders answered right, or None where hidden]}.
+    A result is (run, benchmark, audio, scores, gain), its gain (base's run, score before, after, difference
+    with its interval) or None. "said" is {place of the result: [answer, share of the orders right]}.
     """
     rows = []
     texts = {}
@@ -580,7 +578,7 @@ def main() -> None:
     add("--compare", nargs=2, metavar=("A", "B"), help="print the paired difference of two")
     add("--need", nargs=2, metavar=("REAL", "SILENT"), help="print how much of a score needs the audio")
     add("--split", nargs="+", metavar="P", help="write the questions never, sometimes, always answered right")
-    parser.add_argument("--out", default=".", help="folder of --split's three files")
+    parser.add_argument("--out", default=".", help="folder of --split's three files (%(default)s)")
     args = parser.parse_args()
     try:
         if args.score:

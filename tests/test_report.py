@@ -232,7 +232,7 @@ def test_questions_are_split_by_how_often_they_were_answered_right(answered, tmp
     assert "right 571 never, 429 sometimes, 0 always" in capsys.readouterr().out
 
 
-def test_need_and_split_refuse_what_they_cannot_compare(tmp_path):
+def test_need_and_split_refuse_what_they_cannot_compare(tmp_path, caplog):
     write = partial(write_run, tmp_path)
     real = write(mmau_rows(), "real")
     silent = write(mmau_rows(), "silent", audio="silence")
@@ -242,7 +242,7 @@ def test_need_and_split_refuse_what_they_cannot_compare(tmp_path):
         (write(mmau_rows(), "m", audio="none", model="other"), "asked alike"),
         (real, "with the clip and without"),
         (write(mmau_rows(39), "q", audio="none"), "not of the same questions"),
-        (write(mmau_rows(), "u", audio="none", unanswered={"q1": "no clip"}), "lacks 1 answers"),
+        (write(mmau_rows(), "u", audio="none", unanswered={"q1": "no clip"}), "not of the same questions"),
         (write(hidden, "h", audio="none"), "hide their answers"),
         (tmp_path / "no.json", "no.meta: not what evaluate.py wrote: cannot read"),
     ):
@@ -252,6 +252,10 @@ def test_need_and_split_refuse_what_they_cannot_compare(tmp_path):
         need(silent, real)
     with pytest.raises(InputError, match="hide their answers"):
         split([tmp_path / "h.json"], tmp_path)
+    split([tmp_path / "u.json"], tmp_path)
+    assert (
+        "1 questions have no answer" in caplog.text and '"q1"' not in (tmp_path / "always.jsonl").read_text()
+    )
 
 
 # ----------------------------------------------------------------------------------------------- the folder
