@@ -10,15 +10,15 @@ import argparse
 import csv
 import hashlib
 import json
-import random
 import shutil
 import tarfile
 import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+
+from chat_server import Handler, Server
 
 COMMIT = "c0ffee" + "0" * 34
 MODELS = {"omni": "Qwen/Qwen2.5-Omni-7B", "qwen2audio": "Qwen/Qwen2-Audio-7B-Instruct"}
@@ -195,14 +195,8 @@ def publish(worlds: list[Path], root: Path) -> None:
 # ----------------------------------------------------------------------------------------- the server
 
 
-class Handler(BaseHTTPRequestHandler):
-    """The calls that huggingface_hub makes: a repository's files, HEAD with ETag, GET with Range."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, *args):
-        pass
+class HubHandler(Handler):
+    """The calls that huggingface_hub makes: a repository's files, HEAD with ETag, GET."""
 
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path).strip("/")
@@ -221,56 +215,35 @@ class Handler(BaseHTTPRequestHandler):
     def describe(self, folder: Path, tree: bool) -> None:
         files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         if not files:
-            self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            self.reply(404, {}, {"X-Error-Code": "RepoNotFound"})
             return
         if tree:
             body = [{"type": "file", "path": f, "size": None, "oid": "0" * 40} for f in files]
         else:  # a size may be null or absent at the hub
             body = {"id": folder.name, "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}
-        self.reply(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        self.reply(200, body, {"Content-Type": "application/json"})
 
     def send_file(self, folder: Path, name: str) -> None:
         if not (folder / name).is_file():
             self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
             return
         data = (folder / name).read_bytes()
-        half = data[: len(data) // 2]
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
         replies = [(200, data, headers)]
         if self.command == "GET":
             self.server.asked.append(name)
             if self.server.random.random() < self.server.fail:
                 replies = [(503, b"busy", {}), (500, b"<html>oops</html>", {})]
-                replies.append((200, half, headers))  # of a proxy that gives a part for the whole
-                replies.append((200, half, headers, len(data)))  # the connection is cut
-                self.close_connection = True
+                replies.append((200, data[::2], headers))  # a proxy gives a part for the whole
+                replies.append((200, data, headers, 0.5))  # the connection is cut
         self.reply(*self.server.random.choice(replies))
 
-    def reply(self, status: int, body: bytes, headers: dict | None = None, length: int | None = None) -> None:
-        """`length` is what is promised, of which `body` is sent."""
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(length or len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
-
-class Hub(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
+class Hub(Server):
     def __init__(self, root: Path):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(HubHandler)
         self.root = root
-        self.fail = 0.0  # share of the downloads that fail
-        self.random = random.Random(0)
         self.asked: list[str] = []  # the file of every GET
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request, client_address):
-        pass  # a client that was killed
 
 
 if __name__ == "__main__":
