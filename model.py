@@ -143,8 +143,7 @@ class PromptEncoder:
         """
         longest = self.extractor.chunk_length * 16_000
         samples = max(len(waveform), 3 * HOP)  # the shortest clip that gives one audio embedding
-        padded = torch.zeros(samples + 5 * HOP)
-        padded[: len(waveform)] = torch.as_tensor(waveform)
+        padded = F.pad(torch.as_tensor(waveform), (0, samples + 5 * HOP - len(waveform)))
         windows = []
         for start in range(0, samples, longest):
             batch = self.extractor(
@@ -288,7 +287,9 @@ class AudioLM(nn.Module):
         # Set from outside:
         self.gathered = contextlib.nullcontext  # fsdp.shard: keeps the weights whole while drawing
         self.lockstep = False  # fsdp.shard: a forward pass is a collective, so ranks must do equally many
-        self.merged = unchanged  # lora.attach: (parameter's name, whole weight) -> the weight to save
+        self.merged = lambda name, weight: (
+            weight
+        )  # lora.attach: (parameter's name, whole weight) -> the weight to save
         self.hear = self.hear_clips  # lora.attach: what the frozen encoder made of the last clips is kept
         self.eval()
 
@@ -344,16 +345,15 @@ class AudioLM(nn.Module):
         B = len(prompts)
         G = group_size
         device = self.device
-        lengths = lengths_of([prompt.input_ids for prompt in prompts]).to(device)
-        rows = torch.arange(B).repeat_interleave(G)
-        columns = torch.arange(G).repeat(B)
+        prefill = pack(prompts, [[]] * B, self.prompts.audio_token_id, device)
+        lengths = (prefill.columns + 1).to(device)
+        rows, columns = torch.ones(B, G).nonzero(as_tuple=True)  # logits after every token that is drawn
         eos = self.eos.to(device)
         done = torch.zeros(B, G, dtype=torch.bool, device=device)
         counts = torch.zeros(B, G, dtype=torch.int64, device=device)  # tokens of each response
         said = []
         with self.gathered():
             cache = DynamicCache()
-            prefill = pack(prompts, [[]] * B, self.prompts.audio_token_id, device)
             logits = self(prefill, cache)  # (B, V)
             if temperature == 0 and not logits.isfinite().all():  # argmax would answer all the same
                 raise InputError(f"{self.folder}: the model's predictions are not finite numbers")
@@ -365,8 +365,7 @@ class AudioLM(nn.Module):
                 done = done | torch.isin(newest, eos)
                 if count == max_new_tokens or self.all_done(done):
                     break
-                places = lengths + count - 1
-                positions = places.unsqueeze(1).expand(B, G)
+                positions = (lengths + count - 1).unsqueeze(1).expand(B, G)
                 mask = decoding_mask(lengths, G, tokens=count)
                 logits = self(Tokens(newest, positions, mask, rows, columns), cache)
                 logits = logits.view(B, G, -1)
@@ -396,13 +395,6 @@ class AudioLM(nn.Module):
     ) -> None:
         """A folder in the base's layout, with a card of the settings. Collective. `weights.save_model`."""
         save_model(self, Path(out), settings)
-
-
-def unchanged(
-    name: str,
-    weight: Tensor,
-) -> Tensor:
-    return weight
 
 
 def draw(
@@ -480,10 +472,7 @@ def hear_omni(
     Where its chunks of 2 s begin is worked out on the CPU and handed over: taken from the GPU, each of its
     layers would wait for the device three times (97 times a pass of the 7B).
     """
-    heard = []
-    for clip in clips:
-        heard.append(clip.input_features[:, : clip.frames])
-    features = torch.cat(heard, dim=1).to(device)
+    features = torch.cat([clip.input_features[:, : clip.frames] for clip in clips], dim=1).to(device)
     lengths = torch.tensor([clip.frames for clip in clips])
     chunks, chunk_lengths = omni.chunk_and_pad_features(features, lengths, tower.n_window)
     places = omni.get_valid_indices(chunk_lengths).to(device)
@@ -575,9 +564,8 @@ def end_tokens(
 ) -> Tensor:
     """Ids that end a response: <|im_end|> and what the checkpoint's generation config names."""
     named = read_small_file(folder, "generation_config.json").get("eos_token_id", [])
-    named = torch.tensor(named, dtype=torch.int64).flatten()  # one id, or a list
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    return torch.cat([torch.tensor([end]), named])
+    return torch.as_tensor(np.append(named, end), dtype=torch.int64)  # to one id, or to a list
 
 
 def empty_lm(
