@@ -54,9 +54,7 @@ def start_processes(minutes: float = 30) -> tuple[int, int, torch.device]:
     try:
         device = join_processes(minutes)
     except (ValueError, RuntimeError) as error:
-        wanted = (
-            "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and a GPU for each process of a node"
-        )
+        wanted = "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, one process a GPU"
         raise LocalError(f"torchrun sets {wanted}; here: {first_line(error)}") from None
     be_deterministic()
     return dist.get_rank(), dist.get_world_size(), device

@@ -276,7 +276,7 @@ def test_a_hostile_reply_and_a_refusal_are_each_one_row_rejected(tmp_path, monke
         assert run(write_captions(tmp_path / "c.csv", 20), "--url", server.url)[0] == 0
     rejected = {row["id"]: row["reason"] for row in rows_of(tmp_path / "q.rejected.jsonl")}
     assert {clip_name(i) for i in (2, 3, 4)} <= rejected.keys() <= {clip_name(i) for i in (2, 3, 4, 5)}
-    assert "more than" in rejected[clip_name(2)] and "HTTP 400" in rejected[clip_name(4)]
+    assert "failed 13 times" in rejected[clip_name(2)] and "HTTP 400" in rejected[clip_name(4)]
     assert len(rows_of(tmp_path / "q.jsonl")) + len(rejected) == 20
     assert (tmp_path / "q.rejected.jsonl").stat().st_size < 10_000
 
@@ -285,7 +285,6 @@ def test_a_server_that_does_not_serve_stops_the_run_and_nothing_is_lost(tmp_path
     captions = write_captions(tmp_path / "c.csv", 300)
     code, _, said = run(captions, "--url", "http://127.0.0.1:9/v1?key=SECRET")
     assert code == 2 and "127.0.0.1:9/v1 failed 13 times" in said
-    assert "no answer from http://127.0.0.1:9/v1 (ConnectionError): trying again until about" in said
     with serving(always=(401, {"error": f"unauthorized {KEY}"})) as server:
         code, _, said = run(captions, "--url", server.url, "--workers", 4)
         assert code == 2 and "HTTP 401" in said and "unauthorized" in said and len(server.requests) <= 8
