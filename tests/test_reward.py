@@ -143,41 +143,43 @@ def test_a_right_answer_is_paid_and_a_list_is_not_on_every_real_question(file):
     assert unpaid <= 20 and all(sum(same) / len(same) > 0.95 for same in agreed.values())
 
 
-CASES = [  # response, answer, choices, exact, contains
-    ("Man", "Man", ["Man", "Woman"], 1, 1),
-    ("Woman", "Man", ["Man", "Woman"], 0, 0),
-    ("It is a MAN.", "Man", ["Man", "Woman"], 1, 1),
-    ("['Man', 'Woman']. The answer is Man", "Man", ["Man", "Woman"], 0, 1),
-    ("Man and dog", "Man", ["Man", "Man and dog"], 0, 0),
-    ("Man and dog, or man", "Man", ["Man", "Man and dog"], 0, 1),
-    ("Man and dog, or man", "Man and dog", ["Man", "Man and dog"], 0, 1),
-    ("Man and dog", "Man and dog", ["Man", "Dog", "Man and dog"], 1, 1),
-    ("man and dog man and dog", "Man and dog", ["Man", "Dog", "Man and dog"], 1, 1),
-    ("man\n  and DOG", "Man and dog", ["Man", "Man and dog"], 1, 1),
-    ("red car wash", "red car", ["red car", "car wash"], 0, 1),  # they overlap: both are named
-    ("F#:7", "F#:7", ["F#:7", "F:7"], 1, 1),
-    ("F#:7", "F:7", ["F#:7", "F:7"], 0, 0),
-    ("It is A#.", "A", ["A#", "A"], 0, 0),
-    ("It is A.", "A", ["A#", "A"], 1, 1),
-    ("-5", "5", ["-5", "5"], 0, 0),
-    ("C++ here", "C++", ["C++", "C"], 1, 1),
-    ("fourteen", "four", ["four", "fourteen", "fourteen"], 0, 0),
-    ("Fourteen", "fourteen", ["four", "fourteen", "Fourteen "], 1, 1),
-    ("a man", "A man.", ["A man.", "A woman."], 1, 1),
-    ("rock n roll", "Rock\u2013\u2018n\u2019\u2013Roll", ["Rock\u2013\u2018n\u2019\u2013Roll", "Jazz"], 1, 1),
-    ("A woman, a man.", "A man.", ["A man.", "A woman."], 0, 1),
-    ("", "Man", ["Man", "Woman"], 0, 0),
-    ("nothing", "?", ["?", "", "Man"], 0, 0),
-    ("Man", "Man", ["Man", " ", ""], 1, 1),
-    ("straße", "STRASSE", ["STRASSE", "Weg"], 1, 1),
-]
+# response | answer | choices | exact, contains. "red car" and "car wash" overlap: both are named.
+CASES = """
+Man | Man | Man; Woman | 1 1
+Woman | Man | Man; Woman | 0 0
+It is a MAN. | Man | Man; Woman | 1 1
+['Man', 'Woman']. The answer is Man | Man | Man; Woman | 0 1
+Man and dog | Man | Man; Man and dog | 0 0
+Man and dog, or man | Man | Man; Man and dog | 0 1
+Man and dog, or man | Man and dog | Man; Man and dog | 0 1
+Man and dog | Man and dog | Man; Dog; Man and dog | 1 1
+man and dog man and dog | Man and dog | Man; Dog; Man and dog | 1 1
+man   and DOG | Man and dog | Man; Man and dog | 1 1
+red car wash | red car | red car; car wash | 0 1
+F#:7 | F#:7 | F#:7; F:7 | 1 1
+F#:7 | F:7 | F#:7; F:7 | 0 0
+It is A#. | A | A#; A | 0 0
+It is A. | A | A#; A | 1 1
+-5 | 5 | -5; 5 | 0 0
+C++ here | C++ | C++; C | 1 1
+fourteen | four | four; fourteen; fourteen | 0 0
+Fourteen | fourteen | four; fourteen; Fourteen  | 1 1
+a man | A man. | A man.; A woman. | 1 1
+rock n roll | Rock–‘n’–Roll | Rock–‘n’–Roll; Jazz | 1 1
+A woman, a man. | A man. | A man.; A woman. | 0 1
+ | Man | Man; Woman | 0 0
+nothing | ? | ?; ; Man | 0 0
+Man | Man | Man;  ;  | 1 1
+straße | STRASSE | STRASSE; Weg | 1 1
+"""
 
 
 def test_rewards_written_out():
-    for response, answer, choices, exact, contains in CASES:
-        for order in (choices, choices[::-1]):
-            assert accuracy_reward(response, answer, order) == exact, response
-            assert contains_reward(response, answer, order) == contains, response
+    for case in CASES.strip().splitlines():
+        response, answer, choices, paid = case.split(" | ")
+        for order in (choices.split("; "), choices.split("; ")[::-1]):
+            assert accuracy_reward(response, answer, order) == int(paid[0]), case
+            assert contains_reward(response, answer, order) == int(paid[2]), case
     choices = ["Man", "man ", "Woman", "Man and dog"]
     assert squeezed("A man and dog; a WOMAN, a woman", choices) == ["man and dog", "woman"]
     assert squeezed("a dog", choices) == [] == squeezed("", choices)
