@@ -25,7 +25,7 @@ from conftest import DATA, free_port
 from data import read_questions
 from files import InputError, one_writer
 from model import load_model
-from report import find_results
+from report import read_result, readable
 from reward import string_match
 
 RECORD = evaluation.Evaluation.record
@@ -235,8 +235,8 @@ def test_hidden_answers_are_written_for_the_server_and_a_runs_own_model_has_its_
     assert "hidden" in evaluate("", **few, model=tmp_path / "mine" / "model")
     out = tmp_path / "mine" / "eval" / "mmau-mini.real.json"
     assert about(out)["bench"] == "mmau-mini" and all("model_output" in row for row in rows_in(out))
-    (result,) = find_results(tmp_path)
-    assert result.place == ("mine", "mmau-mini", "real")
+    (result,) = readable(tmp_path.rglob("*.meta"), read_result, tmp_path)
+    assert (result.run, result.bench, result.audio) == ("mine", "mmau-mini", "real")
 
 
 # ------------------------------------------------------------------------------------- what looks finished is
