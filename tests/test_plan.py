@@ -189,24 +189,20 @@ def test_a_containers_free_memory_is_without_the_files_that_were_read(tmp_path):
 # ------------------------------------------------------------------------------------- the bytes are proved
 
 
-def check_step(folder: Path, gpus: int, clip_seconds: int, *options) -> tuple[float, str]:
+def check_step(folder: Path, gpus: int, clip_seconds: int, options: str) -> tuple[float, str]:
     """The plan is never below the peak of a whole fake step, in any part of it, and at most 10 % above.
 
     Returns the peak in GiB and the layout.
     """
-    script = ROOT / "tests/scripts/fake_step.py"
-    command = [sys.executable, script, gpus, plan.TEXT + 25 * clip_seconds, clip_seconds, "--model", folder]
-    done = subprocess.run(
-        [str(part) for part in (*command, *options)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+    script = f"{sys.executable} tests/scripts/fake_step.py"
+    command = f"{script} {gpus} {plan.TEXT + 25 * clip_seconds} {clip_seconds} --model {folder} {options}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command.split(), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     step = json.loads(done.stdout.splitlines()[-1])
-    planned = step["planned"]
-    measured = step["measured"]
-    assert all(measured[part] <= planned[part] for part in measured), step
-    peak = max(measured.values())
-    assert max(planned.values()) <= 1.1 * peak, step
+    assert all(step["measured"][part] <= step["planned"][part] for part in step["measured"]), step
+    peak = max(step["measured"].values())
+    assert max(step["planned"].values()) <= 1.1 * peak, step
     return peak / GIB, step["layout"]
 
 
@@ -228,7 +224,7 @@ def test_a_step_takes_what_the_plan_says_a_quarter_of_the_7b(part, tmp_path):
     inner["text_config"]["num_hidden_layers"] //= 4
     inner["audio_config"]["encoder_layers"] //= 4
     gpus, options = PARTS[part]
-    _, chosen = check_step(checkpoint(tmp_path, config), gpus, 10, "--gpu", "48", *options.split())
+    _, chosen = check_step(checkpoint(tmp_path, config), gpus, 10, f"--gpu 48 {options}")
     assert ("reference too" in chosen) == ("reference too" in part)
 
 
@@ -237,5 +233,5 @@ def test_a_step_takes_what_the_plan_says_a_quarter_of_the_7b(part, tmp_path):
 @pytest.mark.parametrize(("gpus", "memory", "clip_seconds"), [(4, 47.5, 10), (8, 79.2, 30), (1, 79.2, 10)])
 def test_a_step_takes_what_the_plan_says(name, gpus, memory, clip_seconds, tmp_path):
     folder = checkpoint(tmp_path, dimensions(name))
-    peak, _ = check_step(folder, gpus, clip_seconds, "--gpu", memory)
+    peak, _ = check_step(folder, gpus, clip_seconds, f"--gpu {memory}")
     assert gpus < 8 or peak <= 55  # with prompts of 950 tokens

@@ -214,8 +214,8 @@ def main() -> None:
             kept += run.reference.parameters()
         for tensor in kept * (run.layout.offload != "off"):
             memory.on_host(tensor)
-        for lm in (run.policy, run.reference):
-            for parameter in getattr(lm, "parameters", list)():
+        for lm in filter(None, (run.policy, run.reference)):
+            for parameter in lm.parameters():
                 memory.track(parameter)
         gc.collect()
         shorten_rollout(run.policy, memory, measured)
