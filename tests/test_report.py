@@ -47,14 +47,10 @@ def write_run(folder, rows, name="eval/mmau-mini.real", **about):
     return path
 
 
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def write_log(folder, rows, samples=()):
-    write_lines(folder / "log.jsonl", rows)
-    write_lines(folder / "samples.jsonl", samples)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in (("log", rows), ("samples", samples)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     (folder / "config.json").write_text(json.dumps(CONFIG))
 
 
@@ -336,28 +332,21 @@ def test_nothing_in_the_data_ends_the_slot_or_stands_for_it(tmp_path):
 
 
 def test_clips_are_found_from_the_page_and_it_stays_small(tmp_path):
-    name = os.fsdecode(b"caf\xe9 #1?.wav")
-    sample = {
-        "question": "What?" * 9,
-        "choices": ["dog"] * 4,
-        "responses": ["dog" * 60] * 4,
-        "audio": str(tmp_path / "clips" / name),
-    }
-    run = tmp_path / "results" / "run"
+    clip = os.path.join(tmp_path, "clips", os.fsdecode(b"caf\xe9 #1?.wav"))
+    sample = {"question": "What?" * 9, "choices": ["dog"] * 4, "responses": ["dog" * 60] * 4, "audio": clip}
     rows = mmau_rows(1000)
     rows[1]["raw_output"] = "<think>" + "It barks. " * 200 + "</think><answer>dog</answer>"
-    write_run(run, rows, audio_dir=str(tmp_path / "clips"))
-    log = [STEP | {"step": i, "seconds_wait": 0.25} for i in range(2000)]
-    write_log(run, log, [sample | {"step": i} for i in range(1, 2001)])
+    write_run(tmp_path / "results" / "run", rows, audio_dir=str(tmp_path / "clips"))
+    log = [STEP | {"step": i, "seconds_wait": 0.25} for i in range(1, 2001)]
+    write_log(tmp_path / "results" / "run", log, [sample | row for row in log])
     report(tmp_path / "results")
     data = page_data(tmp_path / "results")
-    samples = data["runs"]["run"]["samples"]
-    assert samples[0]["audio"] == "../clips/caf%E9%20%231%3F.wav" and samples[-1]["step"] == 2000
-    assert 100 <= len(samples) <= 200 and data["runs"]["run"]["seconds"] == 500
-    assert data["questions"]["mmau-mini"]["q0"]["audio"].startswith("../clips/")
-    assert data["questions"]["mmau-mini"]["q1"]["said"]["0"][0].endswith(
-        "It barks. </think><answer>dog</answer>"
-    )
+    run = data["runs"]["run"]
+    assert run["samples"][0]["audio"] == "../clips/caf%E9%20%231%3F.wav" and run["seconds"] == 500
+    assert 100 <= len(run["samples"]) <= 200 and run["samples"][-1]["step"] == 2000
+    questions = data["questions"]["mmau-mini"]
+    assert questions["q0"]["audio"].startswith("../clips/")
+    assert questions["q1"]["said"]["0"][0].endswith("It barks. </think><answer>dog</answer>")
     assert (tmp_path / "results" / "report.html").stat().st_size < 1_000_000
 
 
@@ -397,35 +386,30 @@ def test_the_template_opens_by_itself_with_sample_data():
 def test_the_first_screen_says_whether_each_run_worked(tmp_path):
     """Cards: base -> trained and whether chance explains it, does it listen, and what is not healthy."""
     steps = [STEP | {"step": i, "reward": 0.5, "seconds_update": 36.0} for i in range(1, 101)]
-    runs = {"good": {}, "gamed": {}, "deaf": {"frac_reward_zero_std": 1.0}, "leaps": {}}
-    for run, more in runs.items():
-        write_log(tmp_path / run, [step | more for step in steps])
-    write_log(tmp_path / "gamed", [step | {"reward": step["step"] / 100} for step in steps])
-    write_log(tmp_path / "leaps", [*steps[:6], steps[6] | {"kl": 27.9}, *steps[7:]])
+    logs = {"good": steps, "gamed": [step | {"reward": step["step"] / 100} for step in steps]}
+    logs["deaf"] = [step | {"frac_reward_zero_std": 1.0} for step in steps]
+    logs["leaps"] = [*steps[:6], steps[6] | {"kl": 27.9}, *steps[7:]]
+    for run, log in logs.items():
+        write_log(tmp_path / run, log)
     write_run(tmp_path / "a-decoy", mmau_rows(), model="another-7B")  # nobody's base
     write_run(tmp_path / "base-omni", mmau_rows(right=lambda i: i < 10))
-    write_run(tmp_path / "good", mmau_rows(right=lambda i: 5 <= i < 30), model="good/model")
-    write_run(
-        tmp_path / "good", mmau_rows(right=lambda i: i < 20), "eval/none", audio="none", model="good/model"
-    )
-    write_run(tmp_path / "gamed", mmau_rows(right=lambda i: i < 11), model="gamed/model")
+    write_run(tmp_path / "good", mmau_rows(right=lambda i: 5 <= i < 30), model="good")
+    write_run(tmp_path / "good", mmau_rows(right=lambda i: i < 20), "eval/none", audio="none", model="good")
+    write_run(tmp_path / "gamed", mmau_rows(right=lambda i: i < 11), model="gamed")
     report(tmp_path)
-    cards = {
-        words(card[2]): words(card)
-        for card in elements(drawn(tmp_path / "report.html")["cards"], "div")
-        if card[1].get("class") == "card"
-    }
-    assert set(cards) == {*runs, "a-decoy"}  # the base stands on the others'
-    assert (
-        "8.9B parameters · step 100 of 100 · 1.0 h · reshard" in cards["good"] and "healthy" in cards["good"]
-    )
+    cards = {}
+    for card in elements(drawn(tmp_path / "report.html")["cards"], "div"):
+        if card[1].get("class") == "card":
+            cards[words(card[2])] = words(card)
+    assert set(cards) == {*logs, "a-decoy"}  # the base stands on the others'
+    assert "8.9B parameters · step 100 of 100 · 1.0 h · reshard" in cards["good"]
+    assert [run for run in logs if "healthy" in cards[run]] == ["good"]
     assert re.search(r"25\.0 →  62\.5 .* \+37\.5 \[.*\], better, 0 lies outside", cards["good"])
     assert "with audio 62.5; none 50.0, keeps 80 %" in cards["good"]
     assert "0 lies within: it may be chance" in cards["gamed"]
     assert "reward and score part" in cards["gamed"]
     assert "in 10 steps no group's rewards differ" in cards["deaf"]
     assert "leaps to 27.9 at step 7" in cards["leaps"]
-    assert sum("healthy" in text for text in cards.values()) == 1
 
 
 def test_the_page_draws_tables_curves_samples_and_questions(tmp_path):
@@ -457,15 +441,13 @@ def test_the_page_draws_tables_curves_samples_and_questions(tmp_path):
 
     page = drawn(
         tmp_path / "report.html",
-        ("sample-slider", "value", "1", "oninput"),
+        ("sample-slider", "value", "3", "oninput"),
+        ("words", "value", "it, 1", "oninput"),
         ("group", "value", "task: sound", "onchange"),
         ("show", "value", "wrong, right", "onchange"),
     )
-    assert words(page["sample-step"]) == "step 2, question a"
-    assert words(page["count"]).startswith(f"{sum(i % 12 == 0 for i in range(1, 250))} of 250")
-    page = drawn(
-        tmp_path / "report.html", ("show", "value", "", "onchange"), ("more", "hidden", False, "onclick")
-    )
+    assert words(page["sample-step"]) == "step 4, question a"
+    mended = [i for i in range(1, 250) if i % 12 == 0 and str(i).startswith("1")]
+    assert words(page["count"]).startswith(f"{len(mended)} of 250")
+    page = drawn(tmp_path / "report.html", ("show", "value", "", "onchange"), ("more", "id", "", "onclick"))
     assert words(page["count"]) == "250 of 250, 200 shown" and HOSTILE in words(page["list"])
-    page = drawn(tmp_path / "report.html", ("words", "value", "it, 17?", "oninput"))
-    assert words(page["count"]) == "1 of 250, 1 shown"
