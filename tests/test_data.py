@@ -202,7 +202,7 @@ def test_resampling_is_exact_on_tones_in_the_pass_band():
 def test_resampling_lets_nothing_alias_and_no_rate_or_length_blows_up():
     loud = np.sin(2 * np.pi * 9_500 * np.arange(48_000) / 48_000)  # more than 16 kHz can hold
     assert np.abs(resample(loud, 48_000)[1000:-1000]).max() < 1e-4
-    noise = np.random.default_rng(0).standard_normal(30 * 44_099).astype("float32")
+    noise = np.random.default_rng(0).standard_normal(12 * 44_099).astype("float32")
     for rate in (1, 1_009, 44_099, 192_007):
         for length in (1, 7_919, len(noise)):
             part = noise[: min(length, 40 * rate)]
@@ -216,7 +216,7 @@ sample.wav | one | {} | -
 nan.wav | nan | {"subtype": "FLOAT"} | not finite
 huge.wav | huge | {"subtype": "FLOAT"} | not finite
 loud.wav | loud | {"subtype": "FLOAT"} | -
-rate.wav | noise | {"samplerate": 9999991} | -
+rate.wav | noise | {"samplerate": 1000003} | -
 talk.opus | noise | {"format": "OGG", "subtype": "OPUS"} | -
 cut.wav | noise | {} | cut off
 cut.aiff | noise | {} | cut off
