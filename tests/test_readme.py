@@ -58,7 +58,8 @@ def test_it_is_short_and_every_file_that_it_lists_is_there():
 CHANGED = {  # what a command names, in the tiny world
     "$M": "world",
     "$C": "captions.csv",
-    "BENCH.real": "mmar.real",  # the benchmark that BENCH.json is
+    "BENCH.real": "mmar.real",
+    "BENCH.silence": "mmar.silence",  # the benchmark that BENCH.json is
     "--hold_out 200": "--hold_out 40",
     "http://localhost:8000/v1/chat/completions": "URL",
 }
