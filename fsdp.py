@@ -13,9 +13,11 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -175,6 +177,40 @@ def hold(out: Path) -> IO | None:
         held = one_writer(out / ".lock")
     dist.barrier()
     return held
+
+
+def run(program: Callable[[], int]) -> None:
+    """A program of several processes from its log to its exit code; what is wrong is one line and a 2."""
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)  # ours; httpx tells every request
+    code = 2
+    try:
+        code = program()
+    except (InputError, OSError) as error:  # OSError: a full disk, a read-only folder
+        if os.environ.get("RANK", "0") == "0" or type(error) is not InputError:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def timed(totals: dict[str, float], name: str) -> Iterator[None]:
+    """Adds seconds, once the device has done what it was asked: kernels run behind Python's back."""
+    started = time.perf_counter()
+    yield
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    totals[name] = totals.get(name, 0.0) + time.perf_counter() - started
+
+
+def share_out(work: Callable[[list], dict], items: list) -> dict:
+    """work(items) -> a dict, each process working on its part of them. Collective."""
+    mine = items[dist.get_rank() :: dist.get_world_size()]
+    found = {}
+    for part in gather_objects(work(mine)):
+        found.update(part)
+    return found
 
 
 def gather_objects(value: Any) -> list:

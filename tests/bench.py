@@ -161,8 +161,8 @@ class Ours:
         for size in passes:
             asked = [Asked(1, k, self.asked, self.prompt, ()) for k in range(size)]
             rollout = grpo.roll_out(self.policy, asked, config, accuracy_reward)
-            logps, _ = grpo.score(self.policy, self.reference, rollout)
-            loss, _ = grpo.rollout_loss(logps, rollout, config, 0.0)
+            scores = grpo.score(self.policy, self.reference, rollout)
+            loss, _ = grpo.rollout_loss(scores, rollout, config, 0.0)
             (loss * size / sum(passes)).backward()
         optimizer_step(self.policy, self.optimizer)
 

@@ -40,9 +40,9 @@ from safetensors.torch import save_file
 import bench
 import fsdp
 import tiny
-from data import load_questions
+from data import check_clips, load_questions
 from files import InputError
-from train import Run, check_clips_together, parse, set_batch
+from train import Run, parse, set_batch
 from weights import OMNI, empty_model, hub_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,7 +233,7 @@ def worker(spec: Path) -> None:
 def run_steps(config: argparse.Namespace, rank: int, device: torch.device) -> dict:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    run = Run(config, load_questions(config, check_clips_together), device)
+    run = Run(config, load_questions(config, check_clips), device)
     batches = run.batches()
     rows = []
     for _ in range(STEPS):
