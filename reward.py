@@ -6,7 +6,6 @@ every choice: Eq. 2 to the letter does, and real weights soon learned to write t
 match is the rule of MMAU's and MMAR's evaluation scripts, token by token, so that our accuracies are theirs.
 """
 
-import inspect
 import re
 import runpy
 from collections.abc import Callable
@@ -14,8 +13,8 @@ from collections.abc import Callable
 from files import InputError, LocalError
 
 # The form of a reply that each of data.PROMPTS asks for; r1-aqa's format reward checks the first.
-ANSWER = r"<answer>.*</answer>"
-THINK = r"<think>.*</think>\s*" + ANSWER
+ANSWER = "<answer></answer>"
+THINK = "<think></think><answer></answer>"
 FORMS = {
     "answer": ANSWER,
     "think": THINK,
@@ -23,26 +22,31 @@ FORMS = {
 }
 
 
-def accuracy_reward(response: str, answer: str, choices: list[str]) -> float:
+def accuracy_reward(
+    response: str,
+    answer: str,
+    choices: list[str],
+) -> float:
     """Eq. 2: 1.0 if the response names the right answer and no wrong choice, else 0.0; nothing else."""
     choices = [*choices, answer]
-    named = named_choices(response, choices)
     right = named_choices(answer, choices)
-    return float(right != [] and named == right)
+    return float(named_choices(response, choices) == right != [])
 
 
-def contains_reward(response: str, answer: str, choices: list[str]) -> float:
+def contains_reward(
+    response: str,
+    answer: str,
+    choices: list[str],
+) -> float:
     """Eq. 2 to the letter: 1.0 if the response contains the right answer, whatever else it names."""
     choices = [*choices, answer]
-    named = named_choices(response, choices)
     right = named_choices(answer, choices)
-    return float(right != [] and right[0] in named)
+    return float(right != [] and right[0] in named_choices(response, choices))
 
 
 def official_reward(response: str, answer: str, choices: list[str]) -> float:
     """The benchmarks' own rule: 1.0 where `string_match` counts the response as right."""
-    right = string_match(answer, response, choices)
-    return float(right)
+    return float(string_match(answer, response, choices))
 
 
 def named_choices(response: str, choices: list[str]) -> list[str]:
@@ -59,25 +63,23 @@ def named_choices(response: str, choices: list[str]) -> list[str]:
         kind = SPELLED
         distinct = spelled
     said = normalize(response, kind)
-    distinct.discard("")
     named = []
-    for choice in sorted(sorted(distinct), key=len, reverse=True):
+    for choice in sorted(sorted(distinct - {""}), key=len, reverse=True):
         rest = said
         for longer in named:
             if choice in longer:
                 rest = rest.replace(longer, "\n")
         if choice in rest:
             named.append(choice)
-    return [" ".join(choice.split()) for choice in named]
+    return named
 
 
 SPELLED = r"\w+|[^\w\s]"  # words and marks
 
 
-def normalize(text: str, kind: str = r"\w+") -> str:
+def normalize(text: str, kind: str) -> str:
     """Words of a kind in lower case, each between blanks of its own; what is no word is a blank."""
-    text = text.casefold().rstrip(".!?,;: \n")  # "Yes." is named by "yes"
-    words = re.findall(kind, text)
+    words = re.findall(kind, text.casefold().rstrip(".!?,;: \n"))  # "Yes." is named by "yes"
     return "".join(f" {word} " for word in words)
 
 
@@ -89,23 +91,17 @@ def string_match(answer: str, prediction: str, choices: list[str]) -> bool:
     """
     right = tokens(answer)
     said = tokens(prediction)
-    wrong = set()
-    for choice in choices:
-        wrong.update(tokens(choice) - right)
-    if not said:
-        return False
-    return right <= said and said.isdisjoint(wrong)
+    wrong = tokens(" ".join(choices)) - right
+    return bool(said) and right <= said and said.isdisjoint(wrong)
 
 
 def tokens(text: str) -> set[str]:
-    words = re.findall(r"\b\w+\b", text.lower())
-    return set(words)
+    return set(re.findall(r"\b\w+\b", text.lower()))
 
 
 def final_answer(text: str, prompt: str) -> str:
     """What the last <answer> tags hold where `prompt` asks for them; the whole text else, or without tags."""
-    before, _, _ = text.rpartition("</answer>")
-    _, start, answer = before.rpartition("<answer>")
+    _, start, answer = text.rpartition("</answer>")[0].rpartition("<answer>")
     if prompt not in FORMS or not start:
         return text
     return answer.partition("</answer>")[0].strip()
@@ -113,11 +109,9 @@ def final_answer(text: str, prompt: str) -> str:
 
 def format_reward(text: str, prompt: str) -> float:
     """1.0 if the reply has the form that `prompt` asks for, each tag once and nothing around; else 0.0."""
-    if prompt not in FORMS:
-        return 0.0
-    tags = re.findall(r"</?(?:think|answer)>", text)
-    whole = re.fullmatch(FORMS[prompt], text.strip(), re.DOTALL)
-    return float(whole is not None and len(tags) == len(set(tags)))
+    pieces = re.split("(</?(?:think|answer)>)", text)  # before, tag, inside, tag, between, tag, ...
+    tags = "".join(pieces[1::2])
+    return float(tags == FORMS.get(prompt) and not "".join(pieces[::4]).strip())
 
 
 REWARDS = {
@@ -137,16 +131,16 @@ def find_reward(name: str) -> Callable[[str, str, list[str]], float]:
     file, _, wanted = name.rpartition(":")
     try:
         function = runpy.run_path(file)[wanted]
-        inspect.signature(function).bind("response", "answer", ["choice"])
+        float(function("a dog", "a dog", ["a dog", "a cat"]))
     except (Exception, SystemExit) as error:  # whatever the user's own code raises
-        wrong = f"--reward {name}: no FILE.py:function of (response, answer, choices): {error!r}"
-        raise InputError(wrong) from None
+        raise InputError(
+            f"--reward {name}: no FILE.py:function of (response, answer, choices) gives a number: {error!r}"
+        ) from None
 
     def reward(response: str, answer: str, choices: list[str]) -> float:
         try:
             return float(function(response, answer, choices))
         except Exception as error:
-            wrong = f"--reward {name} failed on {response!r:.200}: {error!r}"
-            raise LocalError(wrong) from None
+            raise LocalError(f"--reward {name} failed on {response!r:.200}: {error!r}") from None
 
     return reward

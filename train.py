@@ -66,8 +66,8 @@ from weights import checkpoint_hash, find_model
 log = logging.getLogger("omni_r1")
 
 # Options that may differ when a run is resumed: they change where and how it runs, not what it computes.
-FREE = """out accumulation reshard checkpointing cpu_offload replicas save_minutes keep save_model_every plan
-world_size gpu explain"""
+FREE = """out accumulation reshard checkpointing cpu_offload replicas save_minutes save_every keep
+save_model_every plan world_size gpu explain"""
 AUTO = ["auto", "on", "off"]
 AVQA = "data/avqa/train_qa.json"  # where fetch.py puts it
 SHOWN = ["reward", "official", "kl", "frac_reward_zero_std"]  # ten times a run
@@ -145,6 +145,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--gpu", default="", help="--plan: the card's name, or its GiB (as found)")
     add("--out", default="results/omni-avqa", help="the run's folder; one with checkpoints must be your own")
     add("--save_minutes", type=POSITIVE, default=20, help="minutes between checkpoints")
+    add("--save_every", type=WHOLE, default=0, help="steps between checkpoints instead (0: by minutes)")
     add("--keep", type=COUNT, default=2, help="checkpoints kept (12 bytes a parameter each)")
     add("--save_model_every", type=WHOLE, default=0, help="steps between model folders (0: the last alone)")
     add("--explain", action="store_true", help="print one question's step with all its numbers, and stop")
@@ -170,6 +171,7 @@ class Run:
 
     def __init__(self, config: Namespace, loaded: Loaded, device: torch.device):
         self.config = config
+        self.out = Path(config.out)
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self.device = device
@@ -212,7 +214,7 @@ class Run:
         if layout.checkpointing:
             fsdp.checkpoint_activations(policy)
         self.mesh = fsdp.make_mesh(self.device, config.replicas)
-        self.policy = self.place(policy, layout.reshard, on_host=layout.offload == "all")
+        self.policy = self.place(policy, layout.reshard, on_host=layout.offload.startswith("on"))
         self.reference = None
         if config.lora:
             self.pairs = lora.attach(self.policy, config.lora, 2 * config.lora, seed=config.seed)
@@ -221,7 +223,7 @@ class Run:
         elif config.beta:
             reference = empty_lm(config.model, self.dtype, self.hears, config.prompt)
             # no backward comes: each layer's gathered weights go once they were used
-            self.place(reference, True, on_host=layout.reference_on_host)
+            self.place(reference, True, on_host="reference" in layout.offload)
             self.reference = reference.requires_grad_(False)
         self.parameters = {}
         for name, p in self.policy.named_parameters():
@@ -366,14 +368,15 @@ class Run:
         return tensors
 
     def save(self) -> None:
-        out = Path(self.config.out)
-        about = {"step": self.step, "bad_clips": self.bad_clips}
-        fsdp.save_checkpoint(out, self.step, self.state(), about, keep=self.config.keep)
+        about = {
+            "step": self.step,
+            "bad_clips": self.bad_clips,
+        }
+        fsdp.save_checkpoint(self.out, self.step, self.state(), about, keep=self.config.keep)
 
     def resume(self) -> None:
         """Go on from --out's newest whole checkpoint, if any."""
-        out = Path(self.config.out)
-        found = fsdp.newest_checkpoint(out)
+        found = fsdp.newest_checkpoint(self.out)
         if found:
             about = parse_json(read_text(found / "run.json"))
             fsdp.load_checkpoint(found, self.state())
@@ -385,24 +388,18 @@ class Run:
             "log.jsonl",
             "samples.jsonl",
         ):  # up to this step, whatever has happened to the files since
-            (out / name).unlink(missing_ok=True)
+            (self.out / name).unlink(missing_ok=True)
             if found and (found / name).exists():
-                shutil.copyfile(found / name, out / name)
+                shutil.copy(found / name, self.out)
         self.journal = Journal(self.config, self.step)
 
     def save_model(self, suffix: str = "") -> None:
         """O/model or O/model-step-N, with a model card; with --lora, O/adapter as well. Collective."""
         config = self.config
-        out = Path(config.out)
-        card = {
-            "base": config.model,
-            "data": config.data,
-            "steps": self.step,
-            "settings": vars(config),
-        }
         if config.lora and self.rank == 0:
-            lora.save_adapter(self.pairs, out / f"adapter{suffix}", config.model)
-        self.policy.save(out / f"model{suffix}", card=card)  # last: with it the run is finished
+            lora.save_adapter(self.pairs, self.out / f"adapter{suffix}", config.model)
+        card = {**vars(config), "steps": self.step}
+        self.policy.save(self.out / f"model{suffix}", card)  # last: with it the run is finished
 
 
 def settings(config: Namespace, loaded: Loaded) -> dict:
@@ -446,7 +443,11 @@ class Journal:
         self.write(row)
         self.rows.append(row)
         one = rollout.asked[0]
-        sample = {"step": one.step, "k": one.k, **vars(one.question)}
+        sample = {
+            "step": one.step,
+            "k": one.k,
+            **vars(one.question),
+        }
         del sample["meta"]
         sample["responses"] = rollout.texts[0]
         sample["rewards"] = rollout.rewards[0].tolist()
@@ -477,8 +478,6 @@ def train(config: Namespace) -> int:
         return 0
     check_arguments(config)
     rank, world, device = fsdp.start_processes()
-    if rank > 0:
-        log.setLevel(logging.WARNING)
     if config.explain:
         config.batch = 1  # which several processes cannot share
     set_batch(config, world)
@@ -501,7 +500,7 @@ def train(config: Namespace) -> int:
             **vars(config),
             **now,
             "layout": str(run.layout),
-            "parameters": run.plan.work.whole,
+            "parameters": run.plan.whole,
         }
         write_text(out / "config.json", json.dumps(about, indent=1))
     with logging_redirect_tqdm(), closing(fsdp.Stop()) as stop:
@@ -543,6 +542,8 @@ def learn(run: Run, stop: fsdp.Stop) -> int:
             totals["bad_clips"] = sum(len(one.bad) for one in asked)
             bar.update()
             is_due = time.monotonic() - saved_at > 60 * config.save_minutes
+            if config.save_every:
+                is_due = run.step % config.save_every == 0
             mine = (totals, is_due, stop.signal)
             shared = fsdp.gather_objects(mine)
             parts, due, signals = zip(*shared, strict=True)
@@ -566,7 +567,7 @@ def learn(run: Run, stop: fsdp.Stop) -> int:
     run.save_model()
     if run.journal:
         os.sync()  # the disk has what the checkpoints led to
-        shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
+        shutil.rmtree(run.out / "checkpoints", ignore_errors=True)
         run.journal.summary()
     return 0
 

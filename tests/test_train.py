@@ -474,7 +474,7 @@ def test_what_torchrun_would_have_set_otherwise_is_one_line(world, tmp_path, cap
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     assert train_here(tmp_path, *arguments(world)) == 2
-    assert "are not as torchrun sets them" in capsys.readouterr().err
+    assert "error: torchrun sets RANK" in capsys.readouterr().err
 
 
 def test_questions_that_are_not_fetched_yet_are_told_how(tmp_path, capsys, monkeypatch):
