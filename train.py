@@ -267,8 +267,7 @@ class Run:
         with fsdp.timed(totals, "seconds_rollout"):
             for first in range(0, len(asked), size):
                 # Roll out G responses to each question; rewards, Eq. 2; advantages, Eq. 1.
-                some = asked[first : first + size]
-                rollouts.append(grpo.roll_out(self.policy, some, config, self.reward))
+                rollouts.append(grpo.roll_out(self.policy, asked[first : first + size], config, self.reward))
         for rollout in rollouts:
             grpo.add(totals, grpo.rollout_metrics(rollout, self.policy.eos, config.prompt))
         length = totals["completion_length"] / len(asked)
