@@ -444,20 +444,7 @@ def parse() -> list[Namespace]:
 
 
 def main() -> None:
-    logging.basicConfig(format="%(message)s")
-    log.setLevel(logging.INFO)  # ours; httpx tells every request
-    last_words = ""
-    try:
-        evaluate(parse())
-    except (InputError, OSError) as error:
-        last_words = f"error: {error}"
-    except KeyboardInterrupt:
-        last_words = "interrupted: what was answered is kept, the same command goes on"
-    if last_words and os.environ.get("RANK", "0") == "0":
-        print(last_words, file=sys.stderr)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(2 if last_words else 0)
+    fsdp.run(lambda: evaluate(parse()))
 
 
 if __name__ == "__main__":

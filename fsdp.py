@@ -13,8 +13,10 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -57,6 +59,8 @@ def start_processes(minutes: float = 30) -> tuple[int, int, torch.device]:
         wanted = "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, one process a GPU"
         raise LocalError(f"torchrun sets {wanted}; here: {first_line(error)}") from None
     be_deterministic()
+    if dist.get_rank() > 0:
+        log.setLevel(logging.WARNING)  # one process tells what all do
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -156,6 +160,46 @@ def hold(out: Path) -> IO | None:
         held = one_writer(out / ".lock")
     dist.barrier()
     return held
+
+
+def run(program: Callable[[], int | None]) -> None:
+    """A program of several processes from its log to its exit code; what is wrong is one line and a 2."""
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)  # ours; httpx tells every request
+    code = 2
+    try:
+        code = program()
+    except (InputError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, a read-only folder
+        words = str(error) or "interrupted; what was written is kept, the same command goes on"
+        if os.environ.get("RANK", "0") == "0" or type(error) is not InputError:
+            print(f"error: {words}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+def clock() -> float:
+    """Seconds, once the device has done what it was asked: kernels run behind Python's back."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def timed(totals: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds that what stands within takes."""
+    started = clock()
+    yield
+    totals[name] = totals.get(name, 0.0) + clock() - started
+
+
+def share_out(work: Callable[[list], dict], items: list) -> dict:
+    """work(items) -> a dict, each process working on its part of them. Collective."""
+    mine = items[dist.get_rank() :: dist.get_world_size()]
+    found = {}
+    for part in gather_objects(work(mine)):
+        found.update(part)
+    return found
 
 
 def gather_objects(value: Any) -> list:

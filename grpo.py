@@ -108,13 +108,6 @@ class Rollout:
     def prompts(self) -> list:
         return [one.prompt for one in self.asked]
 
-    def response_lengths(self) -> Tensor:
-        """(B, G) in tokens."""
-        lengths = []
-        for group in self.responses:
-            lengths.append([len(response) for response in group])
-        return torch.tensor(lengths)
-
 
 def roll_out(
     policy: Any,
@@ -167,8 +160,8 @@ def score(
     policy: Any,
     reference: Any,
     rollout: Rollout,
-) -> tuple[Tensor, float]:
-    """Log-probs (B * G, T) of the rollout's responses under the policy, with their graph, and its entropy.
+) -> Any:
+    """model.Scores of the rollout's responses: log-probs (B * G, T) under the policy, with their graph.
 
     What does not change from update to update (the reference's log-probs, those of the policy that sampled,
     the mask) is put into the rollout the first time. `reference` is None when beta is 0.
@@ -181,21 +174,22 @@ def score(
     if rollout.old_logps is None:
         rollout.old_logps = scores.logps.detach()
         rollout.mask = scores.mask
-    return scores.logps, scores.entropy.mean().item()
+    return scores
 
 
 def rollout_loss(
-    logps: Tensor,
+    scores: Any,
     rollout: Rollout,
     config: Namespace,
     mean_length: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Eq. 3 and 4 on a rollout's (B * G, T) log-probs. Returns the loss with its graph, and metrics.
+    """Eq. 3 and 4 on what `score` returned of a rollout. Returns the loss with its graph, and metrics.
 
     `--loss` says what weighs the same: sequence, each response (Eq. 3); token, each token of the step, whose
     responses have `mean_length` (DAPO); dr, each token over the longest allowed length (Dr. GRPO).
     """
     lengths = {"sequence": None, "token": mean_length, "dr": config.max_new_tokens}
+    logps = scores.logps
     loss, metrics = grpo_loss(
         logps,
         rollout.old_logps,
@@ -207,6 +201,7 @@ def rollout_loss(
         length=lengths[config.loss],
     )
     metrics["loss"] = loss.item()
+    metrics["entropy"] = scores.entropy.mean().item()
     return loss, metrics
 
 

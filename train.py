@@ -18,11 +18,11 @@ import logging
 import math
 import os
 import shutil
-import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,16 +66,11 @@ from weights import checkpoint_hash, find_model
 log = logging.getLogger("omni_r1")
 
 # Options that may differ when a run is resumed: they change where and how it runs, not what it computes.
-FREE = "out accumulation reshard checkpointing cpu_offload replicas save_every save_minutes keep"
-FREE += " save_model_every plan explain world_size gpu"
+FREE = """out accumulation reshard checkpointing cpu_offload replicas save_minutes save_every keep
+save_model_every plan world_size gpu explain"""
 AUTO = ["auto", "on", "off"]
 AVQA = "data/avqa/train_qa.json"  # where fetch.py puts it
-FIRST_SAVE = 5  # minutes until the first checkpoint, where --save_minutes is more
-ROWS = ["log.jsonl", "samples.jsonl"]  # a row a step and one a held-out score; one question of each step
 SHOWN = ["reward", "official", "kl", "frac_reward_zero_std"]  # ten times a run
-
-
-# -------------------------------------------------------------------------------------------------- options
 
 
 class Parser(ArgumentParser):
@@ -109,17 +104,15 @@ POSITIVE = at_least(1e-12, float)  # a logit divided by it is far from fp32's en
 
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    group = parser.add_argument_group("what is learned from")
-    add = group.add_argument
+    add = parser.add_argument_group("what is learned from").add_argument
     add("--model", default="Qwen/Qwen2.5-Omni-7B", help="checkpoint folder or hub name")
     add("--data", nargs="+", default=[AVQA], help="question file(s) in any known format")
     add("--audio_dir", nargs="+", default=[None], help="folder(s) of the clips (None: beside the questions)")
     add("--shares", nargs="+", type=POSITIVE, default=[1.0], help="each file's share of the steps")
     add("--no_audio", action="store_true", help="drop the audio tokens from every prompt (Section IV-E)")
     add("--prompt", choices=list(PROMPTS), default="direct", help="how the answer is asked for")
-    either = group.add_mutually_exclusive_group().add_argument
-    either("--hold_out", type=WHOLE, default=0, help="questions kept from training and scored meanwhile")
-    either("--eval_data", help="a question file scored meanwhile instead, 200 of it at most")
+    add("--hold_out", type=WHOLE, default=0, help="questions kept from training and scored meanwhile")
+    add("--eval_data", help="a question file scored meanwhile instead of --hold_out, 200 of it at most")
     add("--eval_audio_dir", help="folder of its clips (None: beside the file)")
     add("--eval_every", type=COUNT, default=300, help="steps between held-out scores")
     add = parser.add_argument_group("the recipe").add_argument
@@ -138,30 +131,20 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm")
     add("--seed", type=WHOLE, default=0, help="of the order of questions and of sampling")
     add("--lora", type=WHOLE, default=0, help="train low-rank pairs of this rank, nothing else; 0: all")
-    add(
-        "--dtype",
-        choices=["auto", "bfloat16", "float32"],
-        default="auto",
-        help="auto: bfloat16 on GPUs that can",
-    )
-    # What follows decides where the result is computed and what is written, not the result.
-    add = parser.add_argument_group("where it runs").add_argument
+    dtypes = ["auto", "bfloat16", "float32"]
+    add("--dtype", choices=dtypes, default="auto", help="of the computation; auto: bfloat16 on GPUs that can")
+    add = parser.add_argument_group("where it runs, what is written").add_argument
     add("--accumulation", type=WHOLE, default=0, help="passes of a process a step (0: as few as fit)")
     add("--reshard", choices=AUTO, default="auto", help="free each layer's gathered weights after use")
     add("--checkpointing", choices=AUTO, default="auto", help="recompute activations in the backward pass")
-    add(
-        "--cpu_offload",
-        choices=["auto", "off", "moments", "on"],
-        default="auto",
-        help="what lies in host memory",
-    )
+    places = ["auto", "off", "moments", "on"]
+    add("--cpu_offload", choices=places, default="auto", help="to host memory: AdamW's moments, or all")
     add("--replicas", type=COUNT, default=1, help="copies of the shards: one a node, say")
     add("--plan", action="store_true", help="print the memory, time and disk that the run takes, and stop")
     add("--world_size", type=WHOLE, default=0, help="--plan: number of GPUs (0: as found)")
     add("--gpu", default="", help="--plan: the card's name, or its GiB (as found)")
-    add = parser.add_argument_group("what is written").add_argument
     add("--out", default="results/omni-avqa", help="the run's folder; one with checkpoints must be your own")
-    add("--save_minutes", type=POSITIVE, default=20, help="minutes between checkpoints; the first after 5")
+    add("--save_minutes", type=POSITIVE, default=20, help="minutes between checkpoints")
     add("--save_every", type=WHOLE, default=0, help="steps between checkpoints instead (0: by minutes)")
     add("--keep", type=COUNT, default=2, help="checkpoints kept (12 bytes a parameter each)")
     add("--save_model_every", type=WHOLE, default=0, help="steps between model folders (0: the last alone)")
@@ -172,9 +155,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def check_arguments(config: Namespace) -> None:
     """InputError for options that contradict one another, before anything is read."""
     if AVQA in config.data and not Path(AVQA).exists():
-        raise InputError(
-            f"cannot read {AVQA}: python fetch.py avqa fetches it (13 GB); or give another --data"
-        )
+        raise InputError(f"cannot read {AVQA}: python fetch.py avqa brings it (13 GB); or give --data")
     files = len(config.data)
     for name in ("audio_dir", "shares"):
         given = len(getattr(config, name))
@@ -190,6 +171,7 @@ class Run:
 
     def __init__(self, config: Namespace, loaded: Loaded, device: torch.device):
         self.config = config
+        self.out = Path(config.out)
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self.device = device
@@ -201,8 +183,13 @@ class Run:
         self.step = 0
         self.bad_clips = 0
         self.journal = None  # rank 0's
-        encode = self.policy.prompts.encode
-        self.questions = Questions(loaded.files, encode, config, rank=self.rank, world=self.world)
+        self.questions = Questions(
+            loaded.files,
+            self.policy.prompts.encode,
+            config,
+            rank=self.rank,
+            world=self.world,
+        )
 
     def load_models(self, longest_clip: float) -> None:
         """The policy in fp32, the reference in the compute dtype, and AdamW on what learns.
@@ -213,8 +200,14 @@ class Run:
         stored = self.dtype if config.lora else torch.float32
         policy = empty_lm(config.model, stored, self.hears, config.prompt)
         longest = min(longest_clip, policy.prompts.seconds)  # what is longer is cut
-        shards = self.world // config.replicas
-        self.plan = choose_plan(policy.model, shards, self.dtype, config, self.device, longest)
+        self.plan = choose_plan(
+            policy.model,
+            self.world // config.replicas,
+            self.dtype,
+            config,
+            self.device,
+            longest,
+        )
         layout = self.plan.layout
         self.layout = layout
         log.info(plan_line(self.plan))
@@ -232,7 +225,10 @@ class Run:
             # no backward comes: each layer's gathered weights go once they were used
             self.place(reference, True, on_host="reference" in layout.offload)
             self.reference = reference.requires_grad_(False)
-        self.parameters = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        self.parameters = {}
+        for name, p in self.policy.named_parameters():
+            if p.requires_grad:
+                self.parameters[name] = p
         learning = list(self.parameters.values())
         self.optimizer = fsdp.make_optimizer(learning, config.lr, layout.offload == "moments")
 
@@ -251,31 +247,24 @@ class Run:
         return load_weights(lm, "cpu" if on_host else self.device, compute=self.device)
 
     def batches(self) -> Iterator[tuple[Asked, ...]]:
-        """This process's questions of each step from the next on, decoded ahead by a thread.
-
-        Clips that had to be replaced are named.
-        """
+        """This process's questions of each step left, decoded ahead by a thread; replaced clips are named."""
         each = self.config.batch // self.world
-        left = range(self.step * each, len(self.questions))
-        stream = ahead(self.questions.__getitem__, left, 4 * each)
+        numbers = range(self.step * each, len(self.questions))
+        stream = ahead(self.questions.__getitem__, numbers, 4 * each)
         for batch in zip(*[stream] * each, strict=True):
             for one in batch:
                 for why in one.bad:
                     log.warning("step %d: replaced: %s", one.step, why)
             yield batch
 
-    # ------------------------------------------------------------------------------------------ one step
-
     def take_step(self, asked: Sequence[Asked]) -> tuple[dict[str, float], list[grpo.Rollout]]:
-        """One step of Section III-B on this process's questions, in the paper's order.
-
-        Returns the metrics as sums over the questions, and all that was said.
-        """
+        """One step of Section III-B on this process's questions, in the paper's order -> the metrics as sums
+        over the questions, and all that was said."""
         config = self.config
         totals = {}
         rollouts = []
         size = self.layout.questions_per_pass  # what goes through at once changes memory, not the result
-        with timed(totals, "seconds_rollout"):
+        with fsdp.timed(totals, "seconds_rollout"):
             for first in range(0, len(asked), size):
                 # Roll out G responses to each question; rewards, Eq. 2; advantages, Eq. 1.
                 rollouts.append(grpo.roll_out(self.policy, asked[first : first + size], config, self.reward))
@@ -287,15 +276,15 @@ class Run:
         for _ in range(config.updates):
             for rollout in rollouts:
                 share = len(rollout.asked) / len(asked)
-                with timed(totals, "seconds_score"):
+                with fsdp.timed(totals, "seconds_score"):
                     # Score: the log-probs of every response's tokens, under the reference and the policy.
-                    logps, entropy = grpo.score(self.policy, self.reference, rollout)
+                    scores = grpo.score(self.policy, self.reference, rollout)
                     # Loss, Eq. 3 and 4.
-                    loss, found = grpo.rollout_loss(logps, rollout, config, length)
-                with timed(totals, "seconds_update"):
+                    loss, found = grpo.rollout_loss(scores, rollout, config, length)
+                with fsdp.timed(totals, "seconds_update"):
                     (loss * share).backward()
-                grpo.add(totals, {**found, "entropy": entropy}, len(rollout.asked) / config.updates)
-            with timed(totals, "seconds_update"):
+                grpo.add(totals, found, len(rollout.asked) / config.updates)
+            with fsdp.timed(totals, "seconds_update"):
                 self.update(asked)
         self.step += 1
         return totals, rollouts
@@ -323,14 +312,13 @@ class Run:
             count = self.config.batch
             if name.startswith("seconds"):  # of a process, not of a question
                 count = self.world
-            row[name] = sum(part[name] for part in parts) / count
+            values = [part[name] for part in parts]
+            row[name] = sum(values) / count
         row["grad_norm"] = self.grad_norm
         row["learning_rate"] = self.lr
         row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20  # 0 on a CPU
         row["bad_clips"] = self.bad_clips
         return row
-
-    # ---------------------------------------------------------------------------------------- held out
 
     def score_held_out(self) -> None:
         """Log the share of the held-out questions answered right, greedily, by the benchmarks' string match.
@@ -357,14 +345,17 @@ class Run:
                 right += string_match(question.answer, said, question.choices)
         fsdp.release(self.policy)
         if self.journal:
-            row = {"step": self.step, "eval_accuracy": right / count}
-            row["eval_low"], row["eval_high"] = wilson(right, count)
-            row["eval_questions"] = count
-            row["seconds_eval"] = time.perf_counter() - started
+            low, high = wilson(right, count)
+            row = {
+                "step": self.step,
+                "eval_accuracy": right / count,
+                "eval_low": low,
+                "eval_high": high,
+                "eval_questions": count,
+                "seconds_eval": time.perf_counter() - started,
+            }
             log.info(f"step {self.step}: held out {right / count:.3f} ({right} of {count})")
             self.journal.write(row)
-
-    # ------------------------------------------------------------------------------------ save and resume
 
     def state(self) -> dict[str, Tensor]:
         """What a step changes: tensors, saved from and loaded into in place."""
@@ -376,19 +367,15 @@ class Run:
         return tensors
 
     def save(self) -> None:
-        out = Path(self.config.out)
-        about = {"step": self.step, "bad_clips": self.bad_clips}
-        fsdp.save_checkpoint(out, self.step, self.state(), about, keep=self.config.keep)
+        about = {
+            "step": self.step,
+            "bad_clips": self.bad_clips,
+        }
+        fsdp.save_checkpoint(self.out, self.step, self.state(), about, keep=self.config.keep)
 
     def resume(self) -> None:
-        """Load --out's newest whole checkpoint, if any. InputError where its disk has too little room."""
-        out = Path(self.config.out)
-        found = fsdp.newest_checkpoint(out)
-        need = sum(self.plan.disk.values())
-        free = shutil.disk_usage(out).free
-        if free < need and not found:
-            room = f"{free / 2**30:.1f} GiB free of {need / 2**30:.1f}"
-            raise InputError(f"{out}: {room} for --keep {self.config.keep} checkpoints and the model")
+        """Go on from --out's newest whole checkpoint, if any."""
+        found = fsdp.newest_checkpoint(self.out)
         if found:
             about = parse_json(read_text(found / "run.json"))
             fsdp.load_checkpoint(found, self.state())
@@ -396,21 +383,22 @@ class Run:
             self.bad_clips = about["bad_clips"]
         if self.rank > 0:
             return
-        for name in ROWS:  # up to this step, whatever has happened to the files since
-            (out / name).unlink(missing_ok=True)
+        for name in (
+            "log.jsonl",
+            "samples.jsonl",
+        ):  # up to this step, whatever has happened to the files since
+            (self.out / name).unlink(missing_ok=True)
             if found and (found / name).exists():
-                shutil.copyfile(found / name, out / name)
+                shutil.copy(found / name, self.out)
         self.journal = Journal(self.config, self.step)
 
     def save_model(self, suffix: str = "") -> None:
         """O/model or O/model-step-N, with a model card; with --lora, O/adapter as well. Collective."""
         config = self.config
-        out = Path(config.out)
         if config.lora and self.rank == 0:
-            lora.save_adapter(self.pairs, out / f"adapter{suffix}", config.model)
-        self.policy.save(
-            out / f"model{suffix}", {**vars(config), "steps": self.step}
-        )  # last: with it the run is finished
+            lora.save_adapter(self.pairs, self.out / f"adapter{suffix}", config.model)
+        card = {**vars(config), "steps": self.step}
+        self.policy.save(self.out / f"model{suffix}", card)  # last: with it the run is finished
 
 
 def settings(config: Namespace, loaded: Loaded) -> dict:
@@ -426,21 +414,8 @@ def settings(config: Namespace, loaded: Loaded) -> dict:
     return decisive
 
 
-@contextmanager
-def timed(totals: dict, name: str) -> Iterator[None]:
-    """Adds seconds, once the device has done what it was asked: kernels run behind Python's back."""
-    started = time.perf_counter()
-    yield
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    grpo.add(totals, {name: time.perf_counter() - started})
-
-
-# ----------------------------------------------------------------------------------------- what is written
-
-
 class Journal:
-    """What rank 0 writes of each step: ROWS, lines on the terminal, TensorBoard's events where that is there.
+    """What rank 0 writes: log.jsonl and samples.jsonl, lines on the terminal, TensorBoard's events if it can.
 
     A rising reward proves nothing: what would make it look good without being good is told in words, once.
     """
@@ -467,7 +442,11 @@ class Journal:
         self.write(row)
         self.rows.append(row)
         one = rollout.asked[0]
-        sample = {"step": one.step, "k": one.k, **vars(one.question)}
+        sample = {
+            "step": one.step,
+            "k": one.k,
+            **vars(one.question),
+        }
         del sample["meta"]
         sample["responses"] = rollout.texts[0]
         sample["rewards"] = rollout.rewards[0].tolist()
@@ -479,19 +458,16 @@ class Journal:
                 log.warning(self.told[name])
         if row["step"] % math.ceil(self.config.steps / 10) == 0:
             last = self.rows[-WINDOW:]
-            shown = [f"{name} {row[name]:.2f} (mean {mean(last, name):.2f})" for name in SHOWN]
+            shown = []
+            for name in SHOWN:
+                shown.append(f"{name} {row[name]:.2f} (mean {mean(last, name):.2f})")
             log.info("step %d: %s", row["step"], ", ".join(shown))
 
     def summary(self) -> None:
-        """The run's last words: what it learned, what is doubtful, what to do next."""
-        first = mean(self.rows[: WINDOW // 2], "reward")
-        last = mean(self.rows[-WINDOW:], "reward")
-        print(f"saved {self.out}/model; reward {first:.2f} -> {last:.2f}", *self.told.values(), sep="\n")
+        """The run's last words: what is doubtful, and what to do next."""
+        print(f"saved {self.out}/model", *self.told.values(), sep="\n")
         print(f"next: python evaluate.py --model {self.out}/model --data BENCHMARK.json --audio_dir CLIPS")
         print(f"      python report.py {self.out.parent}")
-
-
-# ---------------------------------------------------------------------------------------------------- main
 
 
 def train(config: Namespace) -> int:
@@ -501,8 +477,6 @@ def train(config: Namespace) -> int:
         return 0
     check_arguments(config)
     rank, world, device = fsdp.start_processes()
-    if rank > 0:
-        log.setLevel(logging.WARNING)
     if config.explain:
         config.batch = 1  # which several processes cannot share
     set_batch(config, world)
@@ -510,11 +484,10 @@ def train(config: Namespace) -> int:
     out = Path(config.out)
     if not config.explain:
         held = fsdp.hold(out)  # noqa: F841 (until the process ends)
-    loaded = load_questions(config, check_clips_together)
+    loaded = load_questions(config, partial(fsdp.share_out, check_clips))
     now = settings(config, loaded)
     if not config.explain and is_finished(out, now):
-        if rank == 0:
-            print(f"{out}/model exists, so this run is finished; take another --out for a new one")
+        log.info("%s/model exists, so this run is finished; take another --out for a new one", out)
         return 0
     run = Run(config, loaded, device)
     if config.explain:
@@ -522,19 +495,15 @@ def train(config: Namespace) -> int:
         return 0
     run.resume()
     if rank == 0:
-        about = {**vars(config), **now, "layout": str(run.layout), "parameters": run.plan.whole}
+        about = {
+            **vars(config),
+            **now,
+            "layout": str(run.layout),
+            "parameters": run.plan.whole,
+        }
         write_text(out / "config.json", json.dumps(about, indent=1))
     with logging_redirect_tqdm(), closing(fsdp.Stop()) as stop:
         return learn(run, stop)
-
-
-def check_clips_together(clips: list[str]) -> dict[str, str | float]:
-    """data.check_clips, shared over the processes. Collective."""
-    mine = clips[dist.get_rank() :: dist.get_world_size()]
-    found = {}
-    for part in fsdp.gather_objects(check_clips(mine)):
-        found.update(part)
-    return found
 
 
 def is_finished(out: Path, now: dict) -> bool:
@@ -549,15 +518,17 @@ def is_finished(out: Path, now: dict) -> bool:
 
 
 def learn(run: Run, stop: fsdp.Stop) -> int:
-    """Step after step until the last, or until a signal. Returns the exit code.
-
-    What is due after a step (a held-out score, a model folder) is done before the next one, so that a run
-    which goes on from that step's checkpoint does it too.
-    """
+    """Step after step until the last, or until a signal -> the exit code. What is due after a step is done
+    before the next one, so that a run which goes on from its checkpoint does it too."""
     config = run.config
-    saved_at = time.monotonic() - 60 * max(0, config.save_minutes - FIRST_SAVE)
+    saved_at = time.monotonic()
     ready = time.perf_counter()
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=run.rank > 0)
+    bar = tqdm(
+        total=config.steps,
+        initial=run.step,
+        unit="step",
+        disable=run.rank > 0,
+    )
     with bar:  # so that it ends before an error is told
         for asked in run.batches():
             waited = time.perf_counter() - ready
@@ -572,9 +543,11 @@ def learn(run: Run, stop: fsdp.Stop) -> int:
             is_due = time.monotonic() - saved_at > 60 * config.save_minutes
             if config.save_every:
                 is_due = run.step % config.save_every == 0
-            shared = fsdp.gather_objects((totals, is_due, stop.signal))
+            mine = (totals, is_due, stop.signal)
+            shared = fsdp.gather_objects(mine)
             parts, due, signals = zip(*shared, strict=True)
-            run.bad_clips += sum(part["bad_clips"] for part in parts)
+            for part in parts:
+                run.bad_clips += part["bad_clips"]
             if run.journal:
                 run.journal.write_step(run.row(parts), rollouts[0])
             if run.bad_clips > MOST_BAD * max(100, run.step * config.batch):
@@ -586,16 +559,14 @@ def learn(run: Run, stop: fsdp.Stop) -> int:
                 run.save()
                 saved_at = time.monotonic()
             if signal:
-                log.info(
-                    "stopped by a signal; step %d is saved, the same command goes on from there", run.step
-                )
+                log.info("stopped by a signal; step %d is saved, the same command goes on", run.step)
                 return 128 + signal
             ready = time.perf_counter()
     run.score_held_out()
     run.save_model()
     if run.journal:
         os.sync()  # the disk has what the checkpoints led to
-        shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
+        shutil.rmtree(run.out / "checkpoints", ignore_errors=True)
         run.journal.summary()
     return 0
 
@@ -612,26 +583,17 @@ def explain(run: Run) -> None:
     totals, (rollout,) = run.take_step([one])
     for g, tokens in enumerate(rollout.responses[0]):
         print(f"answer {g + 1}  {rollout.texts[0][g]!r}")
-        print(f"          reward {rollout.rewards[0, g]:g} (Eq. 2)")
-        print(f"          advantage {rollout.advantages[0, g]:+.2f} (Eq. 1)")
+        print(f"          reward {rollout.rewards[0, g]:g} (Eq. 2)", end=", ")
+        print(f"advantage {rollout.advantages[0, g]:+.2f} (Eq. 1)")
         for token, logp in zip(tokens, rollout.old_logps[g], strict=False):  # padding behind
-            print(f"          {run.policy.prompts.tokenizer.decode([token])!r:20} log-prob {logp:8.4f}")
+            text = run.policy.prompts.tokenizer.decode([token])
+            print(f"          {text!r:20} log-prob {logp:8.4f}")
     for name in ("kl", "entropy", "loss"):
         print(f"{name:9} {totals[name]:.6f}")
 
 
 def main() -> None:
-    logging.basicConfig(format="%(message)s")
-    log.setLevel(logging.INFO)  # ours; httpx tells every request
-    code = 2
-    try:
-        code = train(parse())
-    except (InputError, OSError) as error:  # OSError: a full disk, a read-only folder
-        if os.environ.get("RANK", "0") == "0" or type(error) is not InputError:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
+    fsdp.run(lambda: train(parse()))
 
 
 if __name__ == "__main__":

@@ -149,8 +149,8 @@ class Ours:
     def question(self, group):
         config = parse(["--group_size", str(group), "--max_new_tokens", str(NEW_TOKENS)])
         rollout = grpo.roll_out(self.policy, self.asked, config, accuracy_reward)
-        logps, _ = grpo.score(self.policy, self.reference, rollout)
-        loss, _ = grpo.rollout_loss(logps, rollout, config, 0.0)
+        scores = grpo.score(self.policy, self.reference, rollout)
+        loss, _ = grpo.rollout_loss(scores, rollout, config, 0.0)
         loss.backward()
         optimizer_step(self.policy, self.optimizer)
 

@@ -37,9 +37,10 @@ import torch
 import torch.distributed as dist
 
 import tiny
-from data import load_questions
+from data import check_clips, load_questions
 from files import InputError
-from train import Run, check_clips_together, clock, parse, set_batch
+from fsdp import clock
+from train import Run, parse, set_batch
 from weights import empty_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +120,7 @@ def measure(folder: Path, layout: list[str], rank: int, world: int, device: torc
     options += ["--batch", math.lcm(len(list(folder.glob("*.wav"))), world), "--max_new_tokens", 8]
     config = parse([*map(str, options), *layout])
     set_batch(config, world)
-    loaded = load_questions(config, check_clips_together)
+    loaded = load_questions(config, check_clips)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run = Run(config, loaded, device)

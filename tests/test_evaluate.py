@@ -164,7 +164,7 @@ def test_batch_size_processes_a_kill_and_ctrl_c_change_nothing(few, whole, tmp_p
     before = part.read_text() + '{"id": "half a l'
     part.write_text(before)
     monkeypatch.setattr(evaluation.Evaluation, "record", then(signal.SIGINT))
-    assert "\ninterrupted: what was answered is kept" in evaluate(out, code=2, **few)
+    assert "\nerror: interrupted; what was written is kept" in evaluate(out, code=2, **few)
     assert part.read_text().startswith(before) and part.read_text().count('"text"') == 8
 
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -18,6 +18,7 @@ from test_train import log, scores, train_here
 import tiny
 from data import Question, read_questions
 from model import load_model
+from report import mean
 
 LISTED, WRONG = 0.4, 0.4  # how often the base lists the choices, and names a wrong one
 
@@ -53,10 +54,6 @@ def learn(lister, out, reward):
     paths = ["--model", str(lister / "model"), "--data", str(lister / "arc.jsonl")]
     assert train_here(out, *paths, *options.split(), "--no_audio") == 0
     return log(out), [row["eval_accuracy"] for row in scores(out)]
-
-
-def mean(rows, name):
-    return sum(row[name] for row in rows) / len(rows)
 
 
 @pytest.mark.slow

@@ -13,34 +13,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 import torch.distributed as dist
+from dump_gradients import COLLECTIVES, counting
 from torch.distributed.fsdp import FSDPModule
 
 import fsdp
-from data import load_questions
-from train import Run, check_clips_together, parse, set_batch
-
-CALLS = {"all_gather_single": 0, "reduce_scatter_single": 0}  # as FSDP2 names them
-
-
-def count(name: str) -> None:
-    original = getattr(dist, name)
-
-    def counted(*args, **kwargs):
-        CALLS[name] += 1
-        return original(*args, **kwargs)
-
-    setattr(dist, name, counted)
+from data import check_clips, load_questions
+from train import Run, parse, set_batch
 
 
 def main() -> None:
     rank, world, device = fsdp.start_processes()
-    for name in CALLS:
-        count(name)
+    for name in COLLECTIVES:
+        counting(name)
     found = []
     for options in sys.argv[2:]:
         config = parse(json.loads(options))
         set_batch(config, world)
-        run = Run(config, load_questions(config, check_clips_together), device)
+        run = Run(config, load_questions(config, check_clips), device)
         asked = next(run.batches())
         norms = {}
         clip = fsdp.clip_gradients
@@ -52,12 +41,12 @@ def main() -> None:
             return norms["norm"]
 
         fsdp.clip_gradients = both
-        CALLS.update(dict.fromkeys(CALLS, 0))
+        COLLECTIVES.update(dict.fromkeys(COLLECTIVES, 0))
         run.take_step(asked)
         fsdp.clip_gradients = clip
         groups = [module for module in run.policy.modules() if isinstance(module, FSDPModule)]
         passes = -(-len(asked) // run.layout.questions_per_pass)
-        found.append({**CALLS, **norms, "groups": len(groups), "passes": passes})
+        found.append({**COLLECTIVES, **norms, "groups": len(groups), "passes": passes})
     if rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.destroy_process_group()

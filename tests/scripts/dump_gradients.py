@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 import fsdp
 import plan
-from data import load_questions
-from train import Run, check_clips_together, parse, set_batch
+from data import check_clips, load_questions
+from train import Run, parse, set_batch
 
 COLLECTIVES = {"all_gather_single": 0, "reduce_scatter_single": 0}
 
@@ -40,7 +40,7 @@ def main() -> None:
     config = parse()
     rank, world, device = fsdp.start_processes()
     set_batch(config, world)
-    run = Run(config, load_questions(config, check_clips_together), device)
+    run = Run(config, load_questions(config, check_clips), device)
     sizes = {"weights, fp32 shards": local_bytes(run.policy.parameters())}
     sizes["reference"] = local_bytes(run.reference.parameters())
     for name in COLLECTIVES:
