@@ -23,15 +23,16 @@ from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
+from itertools import product, zip_longest
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
-from files import InputError, first_line, parse_json, read_text, sha256
+from files import InputError, LocalError, first_line, parse_json, parse_lines, read_text, sha256
 
 log = logging.getLogger("omni_r1")
 
@@ -50,7 +51,7 @@ class Question:
     choices: tuple[str, ...]
     answer: str | None  # the text of the right choice; None where a benchmark hides it
     audio: str | None  # a path, which need not exist; None where the format has no audio
-    meta: dict  # {"format", "row": 0-based row of the file, "source": the row as published}
+    meta: dict  # {"format", "row": 0-based row of the file, "source": it as published, "clip": its path}
 
 
 # What --prompt adds to Section III-A's prompt: nothing (the paper), r1-aqa's two instructions, Ke-Omni-R's.
@@ -65,8 +66,7 @@ PROMPTS = {
 
 def prompt_text(question: Question, prompt: str = "direct") -> str:
     """Section III-A's prompt; the choices are a Python list's text, as in the work it builds on [7]."""
-    options = list(question.choices)
-    asked = f"{question.question} Please choose the answer from the following options: {options}."
+    asked = f"{question.question} Please choose the answer from the following options: {[*question.choices]}."
     return asked + PROMPTS[prompt]
 
 
@@ -78,105 +78,103 @@ def read_rows(path: Path | str) -> tuple[list, bool]:
 
     Raises InputError for a file that is missing, not UTF-8, or a list that is cut off.
     """
+    path = Path(path)
+    if not path.exists():
+        name = path.parent.name if "data" in path.parts else "SET"
+        hint = f"a file of questions on this disk is needed; a published set: python fetch.py {name}"
+        raise InputError(f"cannot read {path}: no such file; {hint}")
     text = read_text(path)
     if text.lstrip().startswith("["):
         try:
             return parse_json(text), False
         except ValueError as error:
             raise InputError(f"{path}: not a whole JSON list (cut off?): {error}") from None
-    rows = []
-    for line in text.split("\n"):  # not splitlines(), which also splits at U+2028 inside a text
-        try:
-            rows.append(parse_json(line))
-        except ValueError:
-            if line.strip():
-                rows.append(None)
-    if not any(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: neither a JSON list nor JSON objects, one a line, such as {PLAIN}")
-    return rows, True
+    return parse_lines(text), True
 
 
 def read_questions(path: Path | str, audio_dir: str | None = None) -> list[Question]:
     """Read a question file, its format told by its keys. Clips are looked up in `audio_dir` (or beside it).
 
     This is the one door of a row: whatever is wrong in it, the row is named in the log with its number and
-    skipped. More than a tenth of them, a file in no known format, or two names that one clip would be heard
-    for raise InputError. A file hides its answers if no row at all has one.
+    skipped. More than a tenth of them, or two names that one clip would be heard for, raise InputError. A
+    file hides its answers if no row at all has one.
     """
     rows, _ = read_rows(path)
-    form = format_of_file(path, rows)
+    forms = Counter(format_of(row) for row in rows if isinstance(row, dict))
+    if not forms:
+        raise InputError(f"{path}: no JSON objects, in a list or one a line, such as {PLAIN}")
+    form = max(forms, key=forms.get)  # that of most rows
     folder = Path(audio_dir or Path(path).parent)
-    questions = []
+    questions: dict[str, Question] = {}
     bad = []
     left_out = 0
-    row_of_id = {}
-    for number, row in enumerate(rows, start=1):
+    for i, row in enumerate(rows):
         try:
-            question = read_row(row, form, number, folder)
-            first = row_of_id.setdefault(question.id, number)
-            if first != number:
-                raise ValueError(f"id {question.id} is row {first}'s already")
-            questions.append(question)
+            question = read_row(row, form, i, folder)
+            first = questions.setdefault(question.id, question)
+            if first is not question:
+                raise ValueError(f"id {question.id} is row {first.meta['row'] + 1}'s already")
         except NotAsked:
             left_out += 1
         except Exception as error:
             why = first_line(error)
-            if not isinstance(error, ValueError):
-                why = f"is not of the format {form}: {type(error).__name__} {why}"
-            bad.append(f"{path}, row {number}: {why:.300}")
-    answered = [question for question in questions if question.answer is not None]
-    for question in questions:
-        if answered and question.answer is None:
-            bad.append(f"{path}, row {question.meta['row'] + 1}: no answer, which other rows have")
-    questions = answered or questions
+            if isinstance(error, KeyError):
+                why = f"has no {why}; such a row is enough: {PLAIN}"
+            bad.append(f"row {i + 1}, read as {form}: {why:.300}")
+    hidden = [question for question in questions.values() if question.answer is None]
+    if len(hidden) < len(questions):
+        for question in hidden:
+            bad.append(f"row {question.meta['row'] + 1}: no answer, which other rows have")
+            del questions[question.id]
+    leave_out(path, bad, len(rows), "rows are malformed")
     if left_out:
         log.warning("%s: %d rows of several clips or without choices are left out", path, left_out)
-    warn_of("skipped", bad)
-    if len(bad) > MOST_BAD * len(rows) or not questions:
-        counts = f"{len(bad)} of {len(rows)} rows are malformed, {left_out} left out"
-        raise InputError(f"{path}: no tenth may be: {counts} {bad[:1]}")
-    if form == "arc":
-        return questions
-    return find_clips(path, questions, folder)
+    if not questions:
+        raise InputError(f"{path}: no question is left of {len(rows)} rows")
+    first_of = {}
+    for question in questions.values():
+        first = first_of.setdefault(question.audio, question)
+        if first.meta["clip"] != question.meta["clip"]:  # one was found by its bare name
+            raise InputError(
+                f"{path}, rows {first.meta['row'] + 1} and {question.meta['row'] + 1}: {first.meta['clip']} "
+                f"and {question.meta['clip']} are both {question.audio}: check --audio_dir"
+            )
+    return list(questions.values())
 
 
-def warn_of(what: str, lines: list[str]) -> None:
-    for line in lines[:20]:
-        log.warning("%s: %s", what, line)
-    if len(lines) > 20:
-        log.warning("%s: %d more", what, len(lines) - 20)
+def leave_out(path: Path | str, bad: list[str], total: int, what: str) -> None:
+    """Name in the log what is left out of a file. InputError where it is more than a tenth of `total`."""
+    said = f"{path}: {len(bad)} of {total} {what}"
+    if len(bad) > MOST_BAD * total:
+        raise InputError(f"{said}, more than a tenth (such as {bad[0]})")
+    if bad:
+        log.warning("%s, left out:\n%s", said, "\n".join(bad[:20]))
 
 
-def format_of_file(path: Path | str, rows: list) -> str:
-    """The format that most rows are in. Raises InputError if none is known."""
-    objects = [row for row in rows if isinstance(row, dict)]
-    counts = Counter(map(format_of, objects))
-    del counts[None]
-    if not counts:
-        raise InputError(
-            f"{path}: in no known format: {str(objects[:1]):.200}; such a row is enough: {PLAIN}"
-        )
-    return counts.most_common(1)[0][0]
-
-
-def read_row(row: dict, form: str, number: int, folder: Path) -> Question:
-    """Row `number` (from 1) in the format `form`, its clip's path still relative to `folder`.
+def read_row(row: dict, form: str, i: int, folder: Path) -> Question:
+    """Row `i` in the format `form`, its clip looked up in `folder`.
 
     Guards what would raise nothing and be asked all the same; anything else raises what it raises.
     """
     if not isinstance(row, dict):
         raise ValueError("is no JSON object")
-    identity, text, choices, answer, clip = FORMATS[form][1](row)
+    renamed = {plain: row[name] for name, plain in NAMES.items() if name in row}
+    asked = FORMATS[form][1](row | renamed)
+    text = asked["question"]
+    choices = asked["choices"]
+    clip = asked["audio_path"]
+    identity = asked.get("id")
     if not text.strip() or not isinstance(choices, list) or len(choices) < 2:
         raise ValueError(f"needs a question and a list of two choices or more, has {text!r:.80}, {choices}")
-    "\n".join([text, str(clip), str(identity), *choices]).encode()  # all are texts, of whole characters
+    "\n".join([text, f"{clip} {identity}", *choices]).encode()  # all are texts, of whole characters
     if identity in (None, ""):  # the same whatever the order of the rows and what was added to them
         identity = sha256(json.dumps([clip, text, choices]).encode())
-    audio = None
+    meta = {"format": form, "row": i, "source": row}
+    meta["clip"] = audio = None
     if form != "arc":
-        audio = clip_path(clip, folder)
-    meta = {"format": form, "row": number - 1, "source": row}
-    return Question(str(identity), text, tuple(choices), right_choice(answer, choices), audio, meta)
+        meta["clip"], audio = find_clip(clip, folder)
+    answer = right_choice(asked.get("answer"), choices)
+    return Question(str(identity), text, tuple(choices), answer, audio, meta)
 
 
 def right_choice(answer: str | None, choices: list[str]) -> str | None:
@@ -190,162 +188,122 @@ def right_choice(answer: str | None, choices: list[str]) -> str | None:
 
 
 def questions_hash(questions: list[Question]) -> str:
-    """Another one where a text, a choice, an answer or a clip's name is."""
-    rows = []
-    for question in questions:
-        clip = Path(question.audio or "").stem  # a converted clip is the same clip
-        rows.append([question.id, question.question, question.choices, question.answer, clip])
-    return sha256(json.dumps(rows).encode())
+    """Another one where a text, a choice, an answer or a clip's name is; a converted clip is the same one."""
+    asked = [[q.id, q.question, q.choices, q.answer, Path(q.audio or "").stem] for q in questions]
+    return sha256(json.dumps(asked).encode())
 
 
 # -------------------------------------------------------------------------------------------------- formats
-# Each takes a row to (id or None, question, choices, text of the answer or None, name of the clip).
+# Each takes a row to one that has the keys of one's own format: id, question, choices, answer, audio_path.
+
+NAMES = {  # of the same in the published files
+    "question_text": "question",
+    "multi_choice": "choices",
+    "answer_gt": "answer",
+    "audio_id": "audio_path",
+    "uniq_id": "id",
+}
 
 
 class NotAsked(Exception):
     """A well-formed row of a kind that is not asked here: about several clips, or without choices."""
 
 
-def plain(row: dict, text: str = "question", *, choices: str = "choices", clip: str = "audio_path") -> tuple:
-    return row.get("id"), row[text], row[choices], row.get("answer"), row[clip]
-
-
-def avqa(row: dict) -> tuple:
+def avqa(row: dict) -> dict:
     """AVQA asks about videos; training on it replaces the word, as the work that the paper builds on does."""
-    text = row["question_text"]
-    for word, instead in (("video", "audio"), ("Video", "Audio")):
-        text = re.sub(rf"\b{word}\b(?!.[Gg]am)", instead, text)  # not that of a video game
-    choices = row["multi_choice"]
-    index = row["answer"]
-    if type(index) is not int or not 0 <= index < len(choices):
-        raise ValueError(
-            f"answer {index!r:.80} is no index: write 0 to {len(choices) - 1} for one of {choices}"
-        )
+    text = re.sub(r"\bvideo\b(?!.[Gg]am)", "audio", row["question"])  # not that of a video game
+    text = re.sub(r"\bVideo\b(?!.[Gg]am)", "Audio", text)
+    answer = dict(enumerate(row["choices"])).get(row["answer"], row["answer"])
     # one clip, whether its start second is named with leading zeros (-HG3Omg_89c_000030) or not
     clip = re.sub(r"(?<=_)\d+$", lambda second: second[0].zfill(6), row["video_name"])
-    return row.get("id"), text, choices, choices[index], clip
+    return row | {"question": text, "answer": answer, "audio_path": clip}
 
 
-def arc(row: dict) -> tuple:
+def arc(row: dict) -> dict:
     listed = row["question"]["choices"]
     texts = {choice["label"]: choice["text"] for choice in listed}
     if len(texts) < len(listed):
         raise ValueError(f"has a label twice: {listed}")
-    return row.get("id"), row["question"]["stem"], list(texts.values()), texts[row["answerKey"]], None
+    return row | {
+        "question": row["question"]["stem"],
+        "choices": list(texts.values()),
+        "answer": texts[row["answerKey"]],
+        "audio_path": None,
+    }
 
 
-def mmau_pro(row: dict) -> tuple:
+def choices_ad(row: dict) -> dict:
+    letters = map(row.get, ("choice_a", "choice_b", "choice_c", "choice_d"))
+    row["choices"] = list(filter(None, letters))  # MMSU's with two leave any two of the four out
+    if "path" in row:  # AIR-Bench: a folder a task
+        row["audio_path"] = f"{row['task_name']}_{row['dataset_name']}/{row['path']}"
+    return row
+
+
+def audiomcq(row: dict) -> dict:
+    if "id" in row:  # counted within one source
+        row["id"] = f"{row['source_dataset']} {row['id']}"
+    return row
+
+
+def mmau_pro(row: dict) -> dict:
     clips = row["audio_path"]
-    if len(clips) != 1 or len(row.get("choices") or []) < 2:
+    if len(clips) != 1 or len(row["choices"] or []) < 2:
         raise NotAsked
-    return plain(row | {"audio_path": clips[0]})
-
-
-def audiomcq(row: dict) -> tuple:
-    identity = row.get("id")
-    if identity is not None:
-        identity = f"{row['source_dataset']} {identity}"  # counted within one source
-    return plain(row | {"id": identity})
-
-
-def choices_ad(row: dict) -> tuple:
-    choices = []
-    for letter in "abcd":
-        choice = row.get(f"choice_{letter}")
-        if choice not in (None, ""):  # MMSU's questions with two choices leave any two of the four out
-            choices.append(choice)
-    identity = row.get("id")
-    clip = row.get("audio_path")
-    if "path" in row:
-        identity = row.get("uniq_id")
-        clip = f"{row['task_name']}_{row['dataset_name']}/{row['path']}"  # AIR-Bench: a folder a task
-    return identity, row["question"], choices, row.get("answer_gt"), clip
+    return row | {"audio_path": clips[0]}
 
 
 FORMATS = {  # name -> (a key that tells it from those below it, its reader)
     "arc": ("answerKey", arc),
     "avqa": ("video_name", avqa),
     "choices_ad": ("choice_a", choices_ad),
-    "mmau": ("audio_id", partial(plain, clip="audio_id")),
-    "dcase": ("multi_choice", partial(plain, text="question_text", choices="multi_choice")),
+    "mmau": ("audio_id", dict),
+    "dcase": ("multi_choice", dict),
     "audiomcq": ("source_dataset", audiomcq),
-    "mmar": ("audio_path", plain),
-    "mmau-pro": ("audio_path", mmau_pro),
+    "mmau-pro": ("length_type", mmau_pro),
+    "mmar": ("audio_path", dict),  # and one's own
 }
 
 
-def format_of(row: dict) -> str | None:
+def format_of(row: dict) -> str:
     """The format whose mark a row bears, the first that it has."""
-    if isinstance(row.get("audio_path"), list):
-        return "mmau-pro"
-    for name, (key, _) in FORMATS.items():
-        if key in row:
+    for name, (mark, _) in FORMATS.items():
+        if mark in row:
             return name
-    return None
+    return "mmar"
 
 
 # ---------------------------------------------------------------------------------------------------- clips
 
 # An audio file's name ends so. Of several the first is taken; libsndfile knows none of the last six.
-ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".WAV")
-ENDINGS += (".m4a", ".mp4", ".webm", ".aac", ".wma", ".mkv")
+ENDINGS = ".wav .flac .mp3 .ogg .opus .aiff .aif .WAV .m4a .mp4 .webm .aac .wma .mkv"
 BLOCK = 2**16  # frames decoded at a time: 1 MB of FLAC can hold gigabytes of eight channels
-LONGEST = 2**24  # samples transformed at once, in 400 MB: 350 s at 48 kHz
 
 
-def clip_path(name: str, folder: Path) -> str:
-    """A clip's name as a path relative to `folder`; of one that leads out of it, the part that does not."""
-    parts = Path(os.path.relpath(folder / name, folder)).parts
-    path = Path(*[part for part in parts if part != ".."])
-    if path.suffix not in ENDINGS:
-        path = path.with_name(f"{path.name}.wav")
-    return str(path)
+def find_clip(name: str, folder: Path) -> tuple[str, str]:
+    """A clip's path below `folder`, and its file: there, or of its bare name; as expected if there is none.
 
-
-def find_clips(path: Path | str, questions: list[Question], folder: Path) -> list[Question]:
-    """Each question's clip as its file in `folder`, or where that was expected. Raises InputError.
-
-    A bare name is looked up only where it is one clip's alone, and no file is heard for two names.
+    Also below `audio` in the folder. Of a name that leads out of the folder the part that does not is taken.
+    The file may have another ending, or lack the leading zeros of the second after "_".
     """
-    bare = Counter(Path(name).stem for name in {question.audio for question in questions})
-    first = {}
-    found = []
-    for question in questions:
-        name = Path(question.audio)
-        alone = bare[name.stem] == 1
-        file = find_clip(name, folder, alone)
-        other = first.setdefault(file, question)
-        if other.audio != question.audio:
-            rows = f"rows {other.meta['row'] + 1} and {question.meta['row'] + 1}"
-            why = f"{other.audio} and {name} are both {file}: check --audio_dir"
-            raise InputError(f"{path}, {rows}: {why}")
-        found.append(replace(question, audio=file))
-    return found
-
-
-def find_clip(name: Path, folder: Path, alone: bool) -> str:
-    """The file of this name, with another ending or without leading zeros; `alone`: of its bare name too."""
-    short = re.sub(r"_0+(\d+)$", r"_\1", name.stem)
-    places = [folder / name.parent]
-    if alone:
-        places.append(folder)
-    for place in places:
-        names = clips_in(str(place))
-        for stem in (name.stem, short):
-            for ending in (name.suffix, *ENDINGS):
-                file = stem + ending
-                if file in names:
-                    return str(place / file)
-    return str(folder / name)
+    inside = os.path.relpath(folder / name, folder)
+    path = Path(os.path.normpath(f"/{inside}")[1:])
+    if path.suffix not in ENDINGS.split():
+        path = path.with_name(f"{path.name}.wav")
+    short = re.sub(r"_0+(\d+)$", r"_\1", path.stem)
+    audio = folder / "audio"  # where fetch.py puts the clips of a set
+    for place in (folder / path.parent, folder, audio / path.parent, audio):
+        names = clips_in(place)
+        for stem, ending in product((path.stem, short), (path.suffix, *ENDINGS.split())):
+            if stem + ending in names:
+                return str(path), str(place / (stem + ending))
+    return str(path), str(folder / path)
 
 
 @lru_cache(maxsize=256)
-def clips_in(folder: str) -> set[str]:
+def clips_in(folder: Path) -> set[str]:
     """The names in a folder, by one listing: it may hold 182,000."""
-    try:
-        return set(os.listdir(folder))
-    except OSError:
-        return set()
+    return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
 def open_clip(path: Path | str) -> soundfile.SoundFile:
@@ -374,26 +332,24 @@ def check_clips(clips: list[str]) -> dict[str, str | float]:
     return found
 
 
-def load_audio(path: Path | str, max_seconds: float | None = None) -> np.ndarray:
-    """Decode a clip to float32 (n,), 16 kHz, channels averaged, within ±1; at most `max_seconds` of it.
+def load_audio(path: Path | str, longest: float = math.inf) -> np.ndarray:
+    """Decode a clip to float32 (n,), 16 kHz, channels averaged, within ±1; at most `longest` seconds of it.
 
     The door of a clip: raises InputError that names it if it cannot be read, is cut off, has no samples, or
     has samples that are not finite.
     """
     try:
         with open_clip(path) as file:
-            frames = int(min(file.frames, (max_seconds or math.inf) * file.samplerate))
-            mono = np.zeros(frames, "float32")
-            there = 0
+            frames = int(min(file.frames, longest * file.samplerate))
+            parts = []
             for start in range(0, frames, BLOCK):
-                count = min(BLOCK, frames - start)
-                block = file.read(count, dtype="float32", always_2d=True)
-                mono[there : there + len(block)] = block.mean(axis=1)
-                there += len(block)
+                block = file.read(min(BLOCK, frames - start), dtype="float32", always_2d=True)
+                parts.append(block.mean(axis=1))
+            mono = np.concatenate(parts)
             # not to a frame: without a Xing header an MP3's length is a guess
-            if there < 0.98 * frames - 0.1 * file.samplerate:
-                raise ValueError(f"is cut off: {there} of {frames} frames can be decoded")
-            mono = resample(mono[:there], file.samplerate)
+            if len(mono) < 0.98 * frames - 0.1 * file.samplerate:
+                raise ValueError(f"is cut off: {len(mono)} of {frames} frames can be decoded")
+        mono = resample(mono, file.samplerate)
         if not np.isfinite(mono).all():  # looked at last: sums of huge samples overflow
             raise ValueError("has samples that are not finite")
         return np.clip(mono, -1, 1)
@@ -409,19 +365,13 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     """
     if rate == RATE:
         return samples
-    if len(samples) > max(LONGEST, 8 * rate):  # halves that overlap by two seconds
-        half = len(samples) // 2 // rate
-        first = resample(samples[: (half + 1) * rate], rate)[: half * RATE]
-        second = resample(samples[(half - 1) * rate :], rate)[RATE:]
-        return np.concatenate([first, second])
     ratio = Fraction(RATE, rate).limit_denominator(2**16)  # exact up to 65 kHz and for usual rates
     step = ratio.denominator  # so many samples are a whole number at 16 kHz
     # some such steps: 0.2 s or more, and 1/64 of the clip, so that no large prime slows the transform
     pad = step << max((rate // (5 * step)).bit_length(), (len(samples) // step).bit_length() - 6)
     padded = np.pad(samples, (pad, pad + -len(samples) % pad))
     count = int(len(padded) * ratio)
-    spectrum = np.fft.rfft(padded)[: count // 2 + 1]
-    out = np.fft.irfft(spectrum, count) * float(ratio)
+    out = np.fft.irfft(np.fft.rfft(padded), count) * float(ratio)  # as many frequencies as there are room for
     start = int(pad * ratio)
     return out[start : start + math.ceil(len(samples) * RATE / rate)]
 
@@ -443,10 +393,7 @@ def load_questions(config: Namespace, check: Callable) -> Loaded:
     what has their ids from every file; of --eval_data, a file of its own, at most 200 are taken. Raises
     InputError for hidden answers, and where more than a tenth of a file has no clip that can be read.
     """
-    folders = config.audio_dir or [None]
-    if len(folders) == 1:
-        folders = folders * len(config.data)
-    sources = list(zip(config.data, folders, strict=True))
+    sources = list(zip_longest(config.data, config.audio_dir, fillvalue=config.audio_dir[0]))
     if config.eval_data:
         sources.append((config.eval_data, config.eval_audio_dir))
     files = []
@@ -455,24 +402,18 @@ def load_questions(config: Namespace, check: Callable) -> Loaded:
         questions = read_questions(path, folder)
         if questions[0].answer is None:
             raise InputError(f"{path} hides its answers: a benchmark's test set, not to be trained on")
-        found = {}
-        if not config.no_audio:
-            clips = {question.audio for question in questions} - {None}
-            found = check(sorted(clips))
+        clips = {question.audio for question in questions if question.audio}
+        found = {} if config.no_audio else check(sorted(clips))
         good = []
         bad = []
         for question in questions:
             seconds = found.get(question.audio, 0.0)
             if isinstance(seconds, str):
                 bad.append(f"{question.audio}: {seconds}")
-                continue
-            good.append(question)
-            longest = max(longest, seconds)
-        warn_of("left out", sorted(set(bad)))
-        counts = f"{len(bad)} of {len(questions)} questions have no readable clip"
-        if len(bad) > MOST_BAD * len(questions):
-            raise InputError(f"{path}: {counts} (such as {bad[0]}); check --audio_dir")
-        log.info("%s: %s", path, counts)
+            else:
+                good.append(question)
+                longest = max(longest, seconds)
+        leave_out(path, bad, len(questions), "questions have no readable clip in --audio_dir")
         files.append(good)
     source = files[0]
     count = config.hold_out
@@ -497,7 +438,7 @@ class Asked:
     step: int
     k: int
     question: Question
-    prompt: object  # model.Prompt; None where 20 clips in a row could not be decoded
+    prompt: object  # model.Prompt
     bad: tuple[str, ...]  # why the questions before this one could not be asked
 
 
@@ -513,13 +454,14 @@ class Questions:
     files: list[list[Question]]
     encode: Callable  # (question, use_audio) -> a prompt, or InputError
     config: Namespace
-    rank: int = field(kw_only=True)
-    world: int = field(kw_only=True)
+    _: KW_ONLY
+    rank: int
+    world: int
 
     def __post_init__(self):
         config = self.config
         self.each = config.batch // self.world
-        shares = np.array(config.shares or [1] * len(self.files), float)
+        shares = np.resize(config.shares or [1.0], len(self.files))
         rng = np.random.default_rng([config.seed, 1])
         self.file_of_step = rng.choice(len(self.files), size=config.steps, p=shares / shares.sum())
 
@@ -532,7 +474,7 @@ class Questions:
         k = i % self.each * self.world + self.rank
         file = self.file_of_step[step - 1]
         questions = self.files[file]
-        steps_before = int((self.file_of_step[: step - 1] == file).sum())
+        steps_before = (self.file_of_step[: step - 1] == file).sum()
         epoch, place = divmod(steps_before * self.config.batch + k, len(questions))
         order = np.random.default_rng([self.config.seed, 2, file, epoch]).permutation(len(questions))
         others = np.random.default_rng([self.config.seed, 3, step, k]).permutation(len(questions))
@@ -544,7 +486,7 @@ class Questions:
                 return Asked(step, k, question, prompt, tuple(bad))
             except InputError as error:
                 bad.append(str(error))
-        return Asked(step, k, question, None, tuple(bad))
+        raise LocalError(f"{len(bad)} clips in a row cannot be decoded, the last: {bad[-1]}")
 
 
 def ahead(make: Callable, items: Iterable, depth: int) -> Iterator:
@@ -553,14 +495,14 @@ def ahead(make: Callable, items: Iterable, depth: int) -> Iterator:
     A thread and not a process: nothing goes through shared memory (64 MB in a default container), nothing is
     forked while AdamW's moments lie there, and decoding releases Python's lock.
     """
+    pool = ThreadPoolExecutor(1)
     waiting = deque()
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(make, item))
-                if len(waiting) > depth:
-                    yield waiting.popleft().result()
-            for future in waiting:
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    try:
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -43,12 +43,12 @@ from data import (
     Question,
     ahead,
     check_clips,
+    leave_out,
     load_audio,
     prompt_text,
     questions_hash,
     read_questions,
     read_rows,
-    warn_of,
 )
 from files import (
     InputError,
@@ -68,8 +68,6 @@ from reward import final_answer
 from weights import checkpoint_hash, find_model
 
 log = logging.getLogger("omni_r1")
-
-MOST_BAD = 0.1  # of the questions: with more that have no answer there is no result
 
 # Of four test-mini questions, in all quarters of the file, that MMAU's revision of May 2025 rewrote (the file
 # kept its name): the hashes of id and question, first the original's, then the revision's.
@@ -184,7 +182,7 @@ class Evaluation:
                 continue
             tokens = len(prompt_text(question)) // 4 + round(25 * seconds)  # about
             lengths.append((tokens, question))
-        self.refuse_if_many(self.reasons)
+        self.leave_out(self.reasons, "questions have no clip that can be read")
         lengths.sort(key=lambda pair: pair[0])
         answers = self.answers()
         size = self.args.batch_size
@@ -195,12 +193,10 @@ class Evaluation:
             if any(question.id not in answers for question in batch):
                 self.batches.append(batch)
 
-    def refuse_if_many(self, unanswered: dict[str, str]) -> None:
-        if len(unanswered) > MOST_BAD * len(self.asked) * self.args.orders:
-            raise InputError(
-                f"{self.args.data}: {len(unanswered)} of {len(self.asked)} questions have no answer (such as "
-                f"{min(unanswered)}: {unanswered[min(unanswered)]}): more than a tenth, so there is no result"
-            )
+    def leave_out(self, reasons: dict[str, str], what: str) -> None:
+        """Name the questions in `reasons`. InputError if they are more than a tenth: there is no result."""
+        lines = [f"{name}: {why}" for name, why in reasons.items()]
+        leave_out(self.args.data, lines, len(self.asked) * self.args.orders, what)
 
     def record(self, name: str, text: str) -> None:
         append_rows(f"{self.part}-{dist.get_rank()}", [{"id": name, "text": text}])
@@ -238,7 +234,7 @@ class Evaluation:
                 row["raw_output"] = texts[0]
             if len(texts) > 1:
                 row["order_predictions"] = final
-        self.refuse_if_many(unanswered)
+        self.leave_out(unanswered, "questions have no answer")
         rows = list(filter(None, rows))  # without lines that are no JSON
         text = json.dumps(rows, ensure_ascii=False, indent=1)
         if is_lines and form not in ("mmau", "mmar"):  # their scripts read lists, even if lines are published
@@ -247,7 +243,6 @@ class Evaluation:
         self.out.unlink(missing_ok=True)  # that P.meta never speaks of an older one
         write_text(self.meta, json.dumps({**self.about, "unanswered": unanswered}, indent=1))
         write_text(self.out, text.decode())
-        warn_of("unanswered", [f"{name}: {why}" for name, why in unanswered.items()])
         if not unanswered:
             for part in self.parts():
                 os.remove(part)
@@ -290,11 +285,10 @@ def encode(batch: list[Question], job: Evaluation, prompts: PromptEncoder) -> di
     for question in batch:
         samples = None
         try:
-            if question.audio:
-                samples = hear(question.audio, job.args.audio, prompts.seconds + 1)
-                samples = prompts.cut(samples, question.audio)
+            if question.audio and job.args.audio == "silence":
+                samples = hear(question.audio, "silence", prompts.seconds)
             encoded[question.id] = prompts.encode(question, waveform=samples)
-        except Refused as error:
+        except InputError as error:
             job.reasons[question.id] = str(error)
     return encoded
 

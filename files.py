@@ -23,13 +23,9 @@ class LocalError(InputError):
 def read_text(path: Path | str) -> str:
     """The text of a UTF-8 file, with or without a byte order mark. Raises InputError."""
     try:
-        if Path(path).is_fifo():
-            raise OSError(0, "it is a pipe")  # reading would wait for a writer
         return Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {first_line(error)}") from None
 
 
 def parse_json(text: str) -> Any:
@@ -43,40 +39,41 @@ def parse_json(text: str) -> Any:
 def write_text(path: Path | str, text: str) -> None:
     """Write beside the name, then rename: a reader, or a kill, never meets half a file."""
     scratch = Path(f"{path}.writing")
-    scratch.write_text(text, encoding="utf-8")
+    scratch.write_text(text, "utf-8")
     scratch.replace(path)
 
 
 def append_rows(path: Path | str, rows: list[dict]) -> None:
     """Append JSON lines; what a kill has left of a line before them is ended first."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
     with open(path, "ab+") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - 1))
+        file.seek(max(0, file.tell() - 1))
         if file.read() not in (b"", b"\n"):
-            text = "\n" + text
-        file.write(text.encode())
+            file.write(b"\n")
+        for row in rows:
+            file.write(f"{json.dumps(row)}\n".encode())
+
+
+def parse_lines(text: str) -> list:
+    """JSON lines; None for each that is not JSON."""
+    rows = []
+    for line in filter(str.strip, text.split("\n")):  # splitlines() also splits at U+2028 inside a text
+        try:
+            rows.append(parse_json(line))
+        except ValueError:
+            rows.append(None)
+    return rows
 
 
 def rows_of(path: Path | str) -> list[dict]:
     """The whole rows of a file that `append_rows` wrote; half a row, which a kill can leave, is none."""
-    rows = []
     if not Path(path).exists():
-        return rows
-    for line in Path(path).read_text("utf-8", "replace").split("\n"):
-        try:
-            row = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+        return []
+    return list(filter(None, parse_lines(read_text(path))))
 
 
 def first_line(error: Exception) -> str:
     """What a library says is wrong, which may be a page or nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def sha256(data: bytes) -> str:
@@ -86,10 +83,7 @@ def sha256(data: bytes) -> str:
 def refuse_changes(out: Path, *, then: dict, now: dict) -> None:
     """InputError where what `out` holds was made with other settings than these."""
     now = json.loads(json.dumps(now))
-    changed = []
-    for name in now:
-        if then.get(name) != now[name]:
-            changed.append(f"{name}: {then.get(name)} -> {now[name]}")
+    changed = [f"{name}: {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
     if changed:
         raise InputError(f"{out} is of other arguments ({'; '.join(changed)}); take another --out")
 
@@ -100,20 +94,14 @@ def one_writer(path: Path | str, patience: float = 5.0) -> IO:
     Waits `patience` seconds, since a dying worker may still hold it. Keep what this returns: closing it gives
     the lock back. Raises InputError that names the holder.
     """
-    file = open(path, "a+", errors="replace")  # noqa: SIM115 (held for the life of the process)
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                file.close()
-                raise InputError(f"{path} is held by {holder}: one run writes to a place at a time") from None
-            time.sleep(0.1)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-    file.flush()
+    file = open(path, "a")  # noqa: SIM115 (held for the life of the process)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if patience <= 0:
+            holder = read_text(path).strip()
+            raise InputError(f"{path} is held by {holder}: one run writes to a place at a time") from None
+        time.sleep(0.1)
+        return one_writer(path, patience - 0.1)
+    Path(path).write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
     return file

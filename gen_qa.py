@@ -13,16 +13,17 @@ refuses, is a line of Q.rejected.jsonl with the reason.
 
 import argparse
 import collections
-import concurrent.futures
 import csv
+import functools
 import hashlib
-import itertools
 import json
 import logging
 import random
 import re
 import sys
+import threading
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from tqdm import tqdm
@@ -115,76 +116,64 @@ def wanted_clips(path: Path) -> dict[str, str]:
     return {same_clip(name): name for name in map(str, names)}
 
 
-class Captions:
-    """The clips of one table, or of several that are joined by id; those of the list `ids` only, if given.
+def find_columns(args: argparse.Namespace) -> dict[Path, tuple[str, dict[int, str]]]:
+    """Where A1 to A4 stand: table -> (its column of ids, {0 to 3: its column}). Raises InputError."""
+    names = PUBLISHED
+    if args.columns:
+        names = [[column] for column in args.columns]
+    tables = {}
+    missing = {0, 1, 2, 3}
+    found = []
+    for path in args.captions:
+        header = next(table_rows(path), {})
+        found.append(f"{path} has {', '.join(map(str, header))}")
+        key, *columns = [next((name for name in one if name in header), None) for one in names]
+        used = {i: columns[i] for i in missing if key and columns[i]}
+        if used:
+            tables[path] = key, used
+            missing -= used.keys()
+    if missing:
+        raise InputError(f"captions need columns of {names}, but {'; '.join(found)}: name them by --columns")
+    return tables
 
-    The largest table is read row by row, at each pass; the captions of the others are held in memory. What is
-    left out is counted and named: `print_left_out`.
+
+def read_captions(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The clips of one table, or of several joined by id, of --ids alone if given: name -> [A1, A2, A3, A4].
+
+    What is left out is counted and named. Raises InputError.
     """
-
-    def __init__(self, paths: list[Path], ids: Path | None, columns: list[str] | None):
-        self.wanted = None
-        if ids:
-            self.wanted = wanted_clips(ids)
-        names = PUBLISHED
-        if columns:
-            names = [[column] for column in columns]
-        self.place = {}  # 0 to 3 for A1 to A4 -> (table, its column of ids, its column of captions)
-        found = []
-        for path in paths:
-            header = list(next(table_rows(path), {}))
-            found.append(f"{path} has {', '.join(map(str, header))}")
-            (key, *_), *captions = [[name for name in one if name in header] + [None] for one in names]
-            for i, (column, *_) in enumerate(captions):
-                if key and column:
-                    self.place.setdefault(i, (path, key, column))
-        if len(self.place) < 4:
-            raise InputError(
-                f"captions need columns of {names}, but {'; '.join(found)}: name them by --columns"
-            )
-        used = {path: key for path, key, _ in self.place.values()}
-        self.path = max(used, key=lambda path: path.stat().st_size)
-        self.key = used[self.path]
-        self.held = collections.defaultdict(dict)  # 0 to 3 -> {clip: caption}
-        for i, (path, key, column) in self.place.items():
-            if path != self.path:
-                for row in table_rows(path):
-                    clip = same_clip(value_of(row, key))
-                    if self.wanted is None or clip in self.wanted:
-                        self.held[i].setdefault(clip, value_of(row, column))
-
-    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
-        """(clip's name, [A1, A2, A3, A4]) one at a time, each clip once."""
-        self.left_out = collections.defaultdict(list)  # why -> names
-        wanted = self.wanted or {}
+    wanted = {}
+    if args.ids:
+        wanted = wanted_clips(args.ids)
+    clips = {}  # -> name, captions
+    left_out = collections.defaultdict(list)  # why -> names
+    for path, (key, columns) in find_columns(args).items():
         met = set()
-        for row in table_rows(self.path):
-            name = value_of(row, self.key)
+        for row in table_rows(path):
+            name = value_of(row, key)
             clip = same_clip(name)
-            if self.wanted is not None and clip not in wanted:
+            if args.ids and clip not in wanted:
                 continue
-            texts = []
-            for i in range(4):
-                text = value_of(row, self.place[i][2])
-                if i in self.held:
-                    text = self.held[i].get(clip)
-                texts.append(text)
             if not name or clip in met:
-                self.left_out["without an id or met before"].append(name)
-            elif None in texts or not texts[0]:
-                self.left_out["without an overall caption or not in every table"].append(name)
-            else:
-                yield wanted.get(clip, name), texts
+                left_out["without an id or met before"].append(name)
+                continue
             met.add(clip)
-        for captions in self.held.values():
-            self.left_out["in one table alone"] += sorted(captions.keys() - met)
-            met |= captions.keys()
-        self.left_out["of --ids, without captions"] += sorted(wanted.keys() - met)
-
-    def print_left_out(self) -> None:
-        for why, names in self.left_out.items():
-            if names:
-                print(f"{len(names):,} left out, {why}: {', '.join(names[:10])}")
+            texts = clips.setdefault(clip, [wanted.get(clip, name), None, None, None, None])
+            for i, column in columns.items():
+                texts[1 + i] = value_of(row, column)
+    left_out["of --ids, without captions"] = sorted(wanted.keys() - clips.keys())
+    captions = {}
+    for name, *texts in clips.values():
+        if texts[0] and None not in texts:
+            captions[name] = texts
+        else:
+            left_out["without an overall caption or not in every table"].append(name)
+    for why, names in left_out.items():
+        if names:
+            print(f"{len(names):,} left out, {why}: {', '.join(names[:10])}")
+    if not captions:
+        raise InputError(f"{path}: no captions of the clips that are asked for")
+    return captions
 
 
 # ------------------------------------------------------------------------------------- prompts and questions
@@ -234,26 +223,6 @@ def question_row(name: str, question: str, choices: list[str], *, seed: int, tok
     }
 
 
-def ask(client: ChatClient, name: str, texts: list[str], seed: int) -> dict:
-    """One clip's row: a question, or a reason why there is none. Raises InputError."""
-    tokens = [0, 0]
-    message = {"role": "user", "content": prompt_for(texts)}
-    for _ in range(ASKINGS):
-        text = ""
-        try:
-            text, usage = client.complete([message], max_tokens=LONGEST_ANSWER)
-            tokens[0] += usage["prompt_tokens"]
-            tokens[1] += usage["completion_tokens"]
-            question, choices = parse_answer(text)
-            return question_row(name, question, choices, seed=seed, tokens=tokens)
-        except ValueError as error:
-            reason = str(error)
-        except Refused as error:
-            reason = str(error)
-            break
-    return {"id": name, "reason": reason, "answer": text[:2000], "tokens": tokens}
-
-
 # ------------------------------------------------------------------------------------------------------- run
 
 
@@ -264,6 +233,8 @@ class Ledger:
         self.out = args.out
         self.rejected = args.out.with_suffix(".rejected.jsonl")
         self.prices = (args.price_in, args.price_out)
+        self.seed = args.seed
+        self.lock = threading.Lock()
         self.done = set()
         self.failed = set()  # rejected, and not asked for again
         self.tokens = [0, 0]
@@ -288,11 +259,22 @@ class Ledger:
             self.tokens[i] += row["tokens"][i]
 
     def record(self, row: dict) -> None:
-        self.count(row)
-        append_rows(self.rejected if "reason" in row else self.out, [row])
+        with self.lock:
+            self.count(row)
+            append_rows(self.rejected if "reason" in row else self.out, [row])
 
-    def has(self, name: str) -> bool:
-        return name in self.done or name in self.failed
+    def stop_if_fruitless(self) -> None:
+        if len(self.failed) >= FRUITLESS and 9 * len(self.done) < len(self.failed):
+            raise InputError(f"nine in ten rejected, the last because: {self.reason} (--retry_rejected)")
+
+    def left(self, captions: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
+        """The clips that are neither finished nor rejected; says how many they are, and their price."""
+        finished = self.done | self.failed
+        left = [clip for clip in captions.items() if clip[0] not in finished]
+        characters = sum(len(prompt_for(texts)) for _, texts in left)
+        tokens = [characters / 4.2, 60 * len(left)]
+        print(f"{len(captions):,} clips, {len(left):,} to ask: {self.price_of(tokens)}")
+        return left
 
     def price_of(self, tokens: list[float]) -> str:
         dollars = (tokens[0] * self.prices[0] + tokens[1] * self.prices[1]) / 1e6
@@ -300,65 +282,50 @@ class Ledger:
         return f"{said} ({self.prices[0]:g} and {self.prices[1]:g} a million)"
 
 
-def ask_all(clips: Iterator, client: ChatClient, args: argparse.Namespace, ledger: Ledger, bar: tqdm) -> None:
-    """Ask for every clip; the main thread records what comes. Raises what ends the run, answers recorded."""
-    running = set()  # twice as many as there are workers: none has to wait, and few clips are in memory
-    with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
+def ask(client: ChatClient, ledger: Ledger, clip: tuple[str, list[str]]) -> None:
+    """Record a clip's question, or a reason why there is none. Raises InputError."""
+    name, texts = clip
+    tokens = [0, 0]
+    message = {"role": "user", "content": prompt_for(texts)}
+    for _ in range(ASKINGS):
+        ledger.stop_if_fruitless()
+        text = ""
         try:
-            while True:
-                for name, texts in itertools.islice(clips, 2 * args.workers - len(running)):
-                    running.add(pool.submit(ask, client, name, texts, args.seed))
-                if not running:
-                    return
-                finished = concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done
-                for future in finished:
-                    running.remove(future)
-                    ledger.record(future.result())
-                    bar.update()
-                bar.set_postfix_str(f"{len(ledger.failed)} rejected", refresh=False)
-                if len(ledger.failed) >= FRUITLESS and 9 * len(ledger.done) < len(ledger.failed):
-                    raise InputError(
-                        f"nine in ten rejected, the last because: {ledger.reason} (--retry_rejected)"
-                    )
-        finally:
-            client.stop.set()
-            for future in running:
-                if future.exception() is None:
-                    ledger.record(future.result())
+            text, usage = client.complete([message], max_tokens=LONGEST_ANSWER)
+            tokens[0] += usage["prompt_tokens"]
+            tokens[1] += usage["completion_tokens"]
+            row = question_row(name, *parse_answer(text), seed=ledger.seed, tokens=tokens)
+            break
+        except (ValueError, Refused) as error:
+            row = {"id": name, "reason": str(error), "answer": text[:2000], "tokens": tokens}
+            if isinstance(error, Refused):
+                break
+    ledger.record(row)
 
 
-def estimate(captions: Captions, ledger: Ledger) -> tuple[int, int, list[str]]:
-    """Say how many clips and tokens, and what price. Returns (clips, clips left, an example's captions)."""
-    total = left = characters = 0
-    example = []
-    for name, texts in captions:
-        total += 1
-        example = example or texts
-        if not ledger.has(name):
-            left += 1
-            characters += len(prompt_for(texts))
-    captions.print_left_out()
-    if not total:
-        raise InputError(f"{captions.path}: no captions of the clips that are asked for")
-    tokens = [characters / 4.2, 60 * left]
-    print(f"{total:,} clips, {left:,} to ask: {ledger.price_of(tokens)}")
-    return total, left, example
-
-
-def generate(args: argparse.Namespace, captions: Captions) -> None:
-    """Ask for every clip that has no question yet."""
+def generate(args: argparse.Namespace, captions: dict[str, list[str]]) -> None:
+    """Ask for every clip that has no question yet. What is being answered when it ends is still recorded."""
     client = ChatClient(args.url, args.model)
     ledger = Ledger(args)
-    total, left, _ = estimate(captions, ledger)
-    clips = (clip for clip in captions if not ledger.has(clip[0]))
+    left = ledger.left(captions)
+    pool = ThreadPool(args.workers)
     try:
-        with tqdm(total=total, initial=total - left, unit="clip", dynamic_ncols=True) as bar:
-            ask_all(clips, client, args, ledger, bar)
+        asked = pool.imap_unordered(functools.partial(ask, client, ledger), left)
+        with tqdm(
+            asked, total=len(captions), initial=len(captions) - len(left), unit="clip", dynamic_ncols=True
+        ) as bar:
+            for _ in bar:
+                bar.set_postfix_str(f"{len(ledger.failed)} rejected", refresh=False)
     finally:
+        client.stop.set()
+        pool.terminate()
+        pool.join()
         count = f"{len(ledger.done):,} questions, {len(ledger.failed):,} clips rejected"
         print(f"{count}: {ledger.price_of(ledger.tokens)}")
     if not ledger.done:
-        raise InputError(f"no question came out of {total:,} clips, of the last because: {ledger.reason}")
+        raise InputError(
+            f"no question came out of {len(captions):,} clips, the last because: {ledger.reason}"
+        )
     if args.keep_shortest:
         keep_shortest(args.out, args.keep_shortest)
 
@@ -372,22 +339,18 @@ def keep_shortest(path: Path, count: int) -> None:
     print(f"{target}: the {len(rows[:count])} shortest of {len(rows)}")
 
 
-def print_samples(args: argparse.Namespace, captions: Captions) -> None:
+def print_samples(args: argparse.Namespace, captions: dict[str, list[str]]) -> None:
     """--sample: questions for a person to read, with the captions they come from."""
-    rows = rows_of(args.out)
+    rows = [row for row in rows_of(args.out) if row.get("id") in captions]
     if not rows:
         raise InputError(f"{args.out}: no questions to sample from")
-    rows = random.Random(args.seed).sample(rows, min(args.sample, len(rows)))
-    chosen = {row["id"]: row for row in rows}
-    for name, texts in captions:
-        if name in chosen:
-            row = chosen[name]
-            print(f"\n{name}")
-            for i, text in enumerate(texts, 1):
-                print(f"  A{i}: {text}")
-            print(f"\n  {row['question_text']}")
-            for i, choice in enumerate(row["multi_choice"]):
-                print("  " + " *"[i == row["answer"]] + f" {choice}")
+    for row in random.Random(args.seed).sample(rows, min(args.sample, len(rows))):
+        print(f"\n{row['id']}")
+        for i, text in enumerate(captions[row["id"]], 1):
+            print(f"  A{i}: {text}")
+        print(f"\n  {row['question_text']}")
+        for i, choice in enumerate(row["multi_choice"]):
+            print("  " + " *"[i == row["answer"]] + f" {choice}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -418,12 +381,12 @@ def main() -> None:
     args = parse_args()
     logging.basicConfig(format="%(message)s")
     try:
-        captions = Captions(args.captions, args.ids, args.columns)
+        captions = read_captions(args)
         if args.sample:
             print_samples(args, captions)
         elif args.dry_run:
-            example = estimate(captions, Ledger(args))[2]
-            print(f"\n{prompt_for(example)}")
+            Ledger(args).left(captions)
+            print(f"\n{prompt_for(next(iter(captions.values())))}")
         else:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             lock = one_writer(f"{args.out}.lock")

@@ -3,6 +3,8 @@
     python report.py RESULTS                       (writes RESULTS/report.md and RESULTS/report.html)
     python report.py --score P.json                (accuracies by the official rule, with 95 % intervals)
     python report.py --compare A.json B.json       (the paired difference of two)
+    python report.py --need REAL.json SILENT.json  (how much of a model's score needs the audio)
+    python report.py --split P.json ... --out DIR  (the questions never, sometimes and always answered right)
 
 A run is a folder RESULTS/NAME with log.jsonl, samples.jsonl and predictions eval/BENCH.AUDIO.json, each with
 its .meta. What the page looks like is in report.html alone, a template that opens by itself with sample
@@ -15,28 +17,27 @@ import json
 import logging
 import math
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
-from data import Question, read_questions
+from data import Question, questions_hash, read_questions
 from files import InputError, first_line, parse_json, read_text, rows_of, write_text
 from reward import string_match
 
 log = logging.getLogger("omni_r1")
 
-# model | method | our run that fills the row, or - | the paper's numbers, column by column. A row of - alone
-# is not the paper's, and is there once it was run.
+# Each table's head: its columns' "benchmark group", "none" between for the questions asked without audio.
+# Its rows: model | method | our run that fills it, or - | the paper's numbers.
 PAPER = {
-    "I": """
+    "Table I: MMAU (original)": """
+model | method | run | mmau-mini task: sound, mmau-mini task: music, mmau-mini task: speech, mmau-mini all, \
+mmau-full task: sound, mmau-full task: music, mmau-full task: speech, mmau-full all
 - | Human [4] | - | 86.3 78.2 82.2 82.2 - - - -
 Audio Flamingo 2 | Direct Inference [13] | audio-flamingo-2 | 61.6 74.0 30.9 55.5 65.1 72.9 40.3 59.4
 Phi-4 Multi-Modal | Direct Inference [14] | phi-4-multimodal | 61.0 52.9 52.8 55.6 - - - -
@@ -52,21 +53,20 @@ Qwen2.5-Omni-7B | Reproduced | base-omni | 69.4 66.8 61.6 65.9 71.6 67.1 66.5 68
 Qwen2.5-Omni-7B | SARI [9] | - | 72.8 67.2 61.3 67.1 - - - -
 Qwen2.5-Omni-7B | Omni-R1 (AVQA) | omni-avqa | 70.9 70.1 64.9 68.6 73.6 68.6 70.1 70.8
 Qwen2.5-Omni-7B | Omni-R1 (AVQA-GPT) | omni-avqa-gpt | 72.4 73.1 64.3 69.9 74.3 70.2 69.2 71.2
-Qwen2.5-Omni-7B | Omni-R1 (VGGS-GPT) | omni-vggs-gpt | 73.6 74.3 66.1 71.3 74.1 70.8 68.7 71.2
-Qwen2-Audio-7B-Instruct | AVQA (not in the paper) | qwen2audio-avqa | - - - - - - - -
-Qwen2.5-Omni-7B | Zero-Shot-CoT (not in the paper) | base-omni-think | - - - - - - - -
-Qwen2.5-Omni-7B | Omni-R1 (AVQA), LoRA (not in the paper) | omni-avqa-lora | - - - - - - - -
-Qwen2.5-Omni-7B | Omni-R1 (AudioMCQ) (not in the paper) | omni-audiomcq | - - - - - - - -""",
-    "II": """
+Qwen2.5-Omni-7B | Omni-R1 (VGGS-GPT) | omni-vggs-gpt | 73.6 74.3 66.1 71.3 74.1 70.8 68.7 71.2""",
+    "Table II: MMAU (v05.15.25)": """
+model | method | run | mmau-mini-v2 task: sound, mmau-mini-v2 task: music, mmau-mini-v2 task: speech, \
+mmau-mini-v2 all, mmau-full-v2 task: sound, mmau-full-v2 task: music, mmau-full-v2 task: speech, \
+mmau-full-v2 all
 Qwen2.5-Omni-7B | Direct Inference [2] | - | - - - - 74.7 68.6 76.0 73.1
 Qwen2.5-Omni-7B | Reproduced | base-omni | 78.1 65.9 70.6 71.5 74.9 68.0 72.4 71.8
 Qwen2.5-Omni-7B | Omni-R1 (AVQA) | omni-avqa | 82.0 70.1 75.4 75.8 77.8 69.1 76.3 74.4
 Qwen2.5-Omni-7B | Omni-R1 (AVQA-GPT) | omni-avqa-gpt | 82.3 72.8 75.4 76.8 78.9 70.9 76.0 75.3
-Qwen2.5-Omni-7B | Omni-R1 (VGGS-GPT) | omni-vggs-gpt | 81.7 73.4 76.0 77.0 78.3 70.8 75.8 75.0
-Qwen2.5-Omni-7B | Zero-Shot-CoT (not in the paper) | base-omni-think | - - - - - - - -
-Qwen2.5-Omni-7B | Omni-R1 (AVQA), LoRA (not in the paper) | omni-avqa-lora | - - - - - - - -
-Qwen2.5-Omni-7B | Omni-R1 (AudioMCQ) (not in the paper) | omni-audiomcq | - - - - - - - -""",
-    "III": """
+Qwen2.5-Omni-7B | Omni-R1 (VGGS-GPT) | omni-vggs-gpt | 81.7 73.4 76.0 77.0 78.3 70.8 75.8 75.0""",
+    "Table III: MMAR": """
+model | method | run | mmar modality: sound, mmar modality: music, mmar modality: speech, \
+mmar modality: mix-sound-music, mmar modality: mix-sound-speech, mmar modality: mix-music-speech, \
+mmar modality: mix-sound-music-speech, mmar all
 Gemini 2.0 Flash | Direct Inference [29] | gemini-2.0-flash | 61.2 51.0 72.1 81.8 72.5 65.9 70.8 65.6
 GPT-4o Audio | Direct Inference [30] | gpt-4o-audio | 53.9 51.0 70.4 63.6 72.5 62.2 75.0 63.5
 Qwen2-Audio-7B-Instruct | Direct Inference [8] | base-qwen2audio | 33.3 24.3 32.3 9.1 31.2 30.5 25.0 30.0
@@ -74,14 +74,9 @@ Qwen2.5-Omni-7B | Direct Inference [2] | - | 58.8 40.8 59.9 54.6 61.9 67.1 58.3 
 Qwen2.5-Omni-7B | Reproduced | base-omni | 61.2 47.6 59.5 54.6 61.5 61.0 66.7 58.0
 Qwen2.5-Omni-7B | Omni-R1 (AVQA) | omni-avqa | 63.6 51.5 62.2 72.7 65.1 62.2 70.8 61.2
 Qwen2.5-Omni-7B | Omni-R1 (AVQA-GPT) | omni-avqa-gpt | 58.8 53.4 65.0 45.5 66.1 63.4 66.7 61.5
-Qwen2.5-Omni-7B | Omni-R1 (VGGS-GPT) | omni-vggs-gpt | 67.3 51.5 64.3 45.5 70.2 64.6 70.8 63.4
-Qwen2-Audio-7B-Instruct | AVQA (not in the paper) | qwen2audio-avqa | - - - - - - - -
-Qwen2-Audio-7B-Instruct | Zero-Shot-CoT (not in the paper) | base-qwen2audio-think | - - - - - - - -
-Qwen2-Audio-7B-Instruct | R1-AQA (not in the paper) | qwen2audio-r1aqa | - - - - - - - -
-Qwen2.5-Omni-7B | Zero-Shot-CoT (not in the paper) | base-omni-think | - - - - - - - -
-Qwen2.5-Omni-7B | Omni-R1 (AVQA), LoRA (not in the paper) | omni-avqa-lora | - - - - - - - -
-Qwen2.5-Omni-7B | Omni-R1 (AudioMCQ) (not in the paper) | omni-audiomcq | - - - - - - - -""",
-    "IV": """
+Qwen2.5-Omni-7B | Omni-R1 (VGGS-GPT) | omni-vggs-gpt | 67.3 51.5 64.3 45.5 70.2 64.6 70.8 63.4""",
+    "Table IV: Fine-tuning with and without audio, MMAU test-mini (none: asked without audio)": """
+model | method | run | mmau-mini all, mmau-mini none all
 Qwen2-Audio | - | base-qwen2audio | 52.7 30.5
 Qwen2-Audio | AVQA, with audio | qwen2audio-avqa | 63.2 44.6
 Qwen2-Audio | AVQA, without audio | qwen2audio-avqa-noaudio | 58.8 42.4
@@ -89,35 +84,32 @@ Qwen2-Audio | ARC-Easy, without audio | qwen2audio-arc | 60.2 42.2
 Qwen2.5-Omni | - | base-omni | 65.9 49.3
 Qwen2.5-Omni | AVQA, with audio | omni-avqa | 68.6 51.7
 Qwen2.5-Omni | AVQA, without audio | omni-avqa-noaudio | 65.6 49.2
-Qwen2.5-Omni | ARC-Easy, without audio | omni-arc | 68.2 51.7
-Qwen2.5-Omni | Omni-R1 (AVQA), LoRA (not in the paper) | omni-avqa-lora | - -
-Qwen2.5-Omni | Omni-R1 (AudioMCQ) (not in the paper) | omni-audiomcq | - -""",
+Qwen2.5-Omni | ARC-Easy, without audio | omni-arc | 68.2 51.7""",
 }
-# table | title | its columns: benchmarks x audio at inference x groups
-TABLES = """
-I | MMAU (original) | mmau-mini mmau-full | real | sound music speech all
-II | MMAU (v05.15.25) | mmau-mini-v2 mmau-full-v2 | real | sound music speech all
-III | MMAR | mmar | real | sound music speech mix-sound-music mix-sound-speech mix-music-speech mix-sound-music-speech all
-IV | Fine-tuning with and without audio, MMAU test-mini (none: asked without audio) | mmau-mini | real none | all"""  # noqa: E501
 # The columns that the formats' own scripts group by
 GROUPS = """
 task modality task_name difficulty category sub-category length_type question_type source_dataset dataset_name
 audio-contribution sub-sub-category linguistics_sub_discipline perceptual_skills reasoning_skills"""
+OURS = "answer_prediction response model_output model_prediction raw_output order_predictions"  # in a row
 ANSWER_KEYS = ["answer_prediction", "model_prediction", "model_output"]  # the first that a row has counts
+HEARD = ["real", "silence", "none", "swap"]  # evaluate.py --audio
 CURVES = """
 step reward official hedged named_none kl entropy completion_length cut_ratio frac_reward_zero_std
 eval_accuracy eval_low eval_high"""
-LEARNED = ["reward", "official", "hedged", "kl", "eval_accuracy"]
 ASKED = ["model", "adapter", "bench", "audio", "prompt", "orders"]  # of P.meta: which model, asked how
 PAPERS_SIZE = 7e9  # parameters
+RESAMPLED = 2000  # times, by a bootstrap
 SAMPLES = 200  # of a run on the page, evenly over its steps
+WINDOW = 20  # steps of a moving average
+DRIFT = 0.05  # by how much reward and official score may part
+LEAP = 10.0  # a KL divergence, in nats a token, that no healthy run has
 LONGEST_ANSWER = 500  # characters of each answer on the page: its end, where <answer> stands
 TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = '<script type="application/json" id="data">'
-SCORES_HERE = "<!-- scores -->"  # in a model card: weights.py's, which imports torch
 
 Accuracy = tuple[float, float, float, int]  # share, its interval's low and high end, number of questions
-Scores = dict[tuple[str, str], Accuracy]  # by (column, group); ("all", "all") is the average
+Scores = dict[str, Accuracy | str]  # of "all" and of each group, as "task: music"
+Table = tuple[str, list[str], list[list]]  # title, columns, rows of cells (see `cell_text`)
 
 
 # ------------------------------------------------------------------------------------------------- statistics
@@ -129,26 +121,17 @@ def wilson(right: float, total: int) -> tuple[float, float]:
     share = right / total
     spread = z * z / total
     middle = share + spread / 2
-    variance = share * (1 - share) / total
-    half = z * math.sqrt(variance + spread / (4 * total))
+    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
     low = (middle - half) / (1 + spread)
     high = (middle + half) / (1 + spread)
     return max(0.0, low), min(1.0, high)
 
 
-def bootstrap(values: Sequence[float], repeats: int = 2000, *, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of (n,) values, one a question, over resampled questions."""
-    rng = np.random.default_rng(seed)
-    means = [rng.choice(values, len(values)).mean() for _ in range(repeats)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return low, high
-
-
-def mcnemar(better: int, worse: int) -> float:
-    """Exact two-sided p-value that a change which mended `better` and broke `worse` answers is by chance."""
-    n = better + worse
-    ways = sum(math.comb(n, k) for k in range(min(better, worse) + 1))
-    return min(1.0, 2 * ways / 2**n)
+def bootstrap(values: Sequence, statistic: Callable = np.mean) -> tuple[float, float]:
+    """95 % percentile interval of a statistic of (n, ...) values, one row a question, over resampled rows."""
+    rng = np.random.default_rng(0)
+    found = [statistic(rng.choice(values, len(values))) for _ in range(RESAMPLED)]
+    return tuple(np.percentile(found, [2.5, 97.5]))
 
 
 def percent(share: float, low: float, high: float, *_: int) -> str:
@@ -164,111 +147,139 @@ def answers(question: Question) -> list[str]:
     for key in ANSWER_KEYS:
         if key in row:
             return row.get("order_predictions") or [str(row[key] or "")]
-    return [""]
+    raise InputError(f"question {question.id} has no prediction: give what evaluate.py --out wrote")
+
+
+def rights(question: Question) -> list[bool]:
+    """Which of these answers are right, by the official rule."""
+    return [string_match(question.answer, text, question.choices) for text in answers(question)]
 
 
 def correct(question: Question) -> float:
-    """Share of the orders in which the question was answered right, by the official rule; 0 or 1 for one."""
-    right = [string_match(question.answer, text, question.choices) for text in answers(question)]
-    return sum(right) / len(right)
+    """Share of the orders in which the question was answered right; 0 or 1 for one."""
+    return float(np.mean(rights(question)))
 
 
-def read_predictions(path: Path | str, audio_dir: str | None = None) -> list[Question]:
-    """Questions with the answers given in their rows. Raises InputError if no row has one."""
-    questions = read_questions(path, audio_dir)
-    for question in questions:
-        if not question.meta["source"].keys().isdisjoint(ANSWER_KEYS):
-            return questions
-    raise InputError(f"{path} holds questions without predictions: give what evaluate.py --out wrote")
-
-
-def groups_of(question: Question) -> list[tuple[str, str]]:
-    """The (column, group) pairs that a question counts in. A row may give its group in a list."""
-    found = [("all", "all")]
-    for column in GROUPS.split():
-        names = question.meta["source"].get(column) or []
-        if not isinstance(names, list):
-            names = [names]
-        found += [(column, str(name)) for name in names]
-    return found
+def groups_of(questions: list[Question]) -> dict[str, list[int]]:
+    """The places of each group's questions, "all" first. A row may give its group in a list."""
+    groups = {"all": list(range(len(questions)))}
+    for i, question in enumerate(questions):
+        for column in GROUPS.split():
+            names = question.meta["source"].get(column) or []
+            if not isinstance(names, list):
+                names = [names]
+            for name in names:
+                groups.setdefault(f"{column}: {name}", []).append(i)
+    return dict(sorted(groups.items()))
 
 
 def score_questions(questions: list[Question]) -> Scores:
-    """The accuracy in each group that the rows name, the average first; {} where the answers are hidden.
-
-    Wilson's interval, or a bootstrap over questions where they were asked in several orders.
-    """
-    values: dict[tuple[str, str], list[float]] = {}
-    several = False
-    for question in questions:
-        if question.answer is None:
-            return {}
-        value = correct(question)
-        several = several or len(answers(question)) > 1
-        for group in groups_of(question):
-            values.setdefault(group, []).append(value)
+    """The accuracy in each group. Wilson's interval, or a bootstrap where several orders were asked."""
+    several = len(answers(questions[0])) > 1
+    if questions[0].answer is None:
+        return {"all": "answers hidden"}
+    shares = np.array([correct(question) for question in questions])
     scores = {}
-    for group, shares in sorted(values.items()):
-        total = sum(shares)
-        interval = bootstrap(shares) if several else wilson(total, len(shares))
-        scores[group] = (total / len(shares), *interval, len(shares))
+    for group, places in groups_of(questions).items():
+        some = shares[places]
+        interval = wilson(some.sum(), len(some))
+        if several:
+            interval = bootstrap(some)
+        scores[group] = (some.mean(), *interval, len(some))
     return scores
 
 
 def summary_lines(path: Path | str) -> list[str]:
-    """A predictions file's accuracies as text; and how many questions got no answer, which count as wrong.
-
-    Raises InputError if the right answers are hidden.
-    """
-    questions = read_predictions(path)
-    lines = []
-    for (column, group), numbers in score_questions(questions).items():
-        name = "average" if column == "all" else f"{column}: {group}"
-        lines.append(f"{name:45} {percent(*numbers)}  n = {numbers[3]}")
-    if not lines:
+    """A predictions file's accuracies as text. Raises InputError if the right answers are hidden."""
+    questions = read_questions(path)
+    if questions[0].answer is None:
         raise InputError(f"{path} holds no right answers (test-full): send it to the benchmark's server")
-    given = [answers(question) for question in questions]
-    alike = [len(set(texts)) == 1 for texts in given if len(texts) > 1]
-    if alike:
-        same = sum(alike)
-        share = percent(same / len(alike), *wilson(same, len(alike)))
-        lines.append(f"answered the same way in all orders: {share}")
-    empty = sum(not texts[0] for texts in given)
+    lines = []
+    for group, numbers in score_questions(questions).items():
+        lines.append(f"{group:45} {percent(*numbers)}  n = {numbers[3]}")
+    empty = sum(not answers(question)[0] for question in questions)
     if empty:
-        lines.append(f"{empty} of {len(given)} answers are empty, counted as wrong")
-    return lines
+        lines.append(f"{empty} of {len(questions)} answers are empty, counted as wrong")
+    return lines + agreement(questions)
+
+
+def agreement(questions: list[Question]) -> list[str]:
+    """How many questions were answered alike in all orders of their choices; nothing for one order."""
+    given = [answers(question) for question in questions]
+    if len(given[0]) == 1:
+        return []
+    alike = sum(len(set(texts)) == 1 for texts in given)
+    return [f"answered the same way in all {len(given[0])} orders: {alike} of {len(given)}"]
+
+
+def side_by_side(files: list[list[Question]]) -> list[tuple[Question, ...]]:
+    """Each question as the files have it. Raises InputError for other questions or hidden answers."""
+    if any(questions[0].answer is None for questions in files):
+        raise InputError("these questions hide their answers, so there is nothing to compare")
+    if len(set(map(questions_hash, files))) > 1:
+        raise InputError("these files are not of the same questions in the same order")
+    return list(zip(*files, strict=True))
+
+
+def paired(first: list[Question], second: list[Question]) -> np.ndarray:
+    """(n, 2): two models' shares of right answers to each question. Raises InputError."""
+    return np.array([list(map(correct, same)) for same in side_by_side([first, second])])
 
 
 def compare(first: Path | str, second: Path | str) -> str:
     """The paired difference of two predictions files of one benchmark, as text. Raises InputError."""
-    found = paired(read_predictions(first), read_predictions(second))
-    shares = [f"{100 * share:.1f}" for share in found["shares"]]
+    shares = paired(read_questions(first), read_questions(second))
+    before, after = 100 * shares.mean(0)
+    gains = np.diff(shares)  # (n, 1)
     return (
-        f"{' -> '.join(shares)}, difference {percent(*found['difference'])}; {found['better']} better, "
-        f"{found['worse']} worse of {found['n']}, McNemar p = {found['p']:.3g}"
+        f"{before:.1f} -> {after:.1f}, difference {percent(gains.mean(), *bootstrap(gains))}; "
+        f"{(gains > 0).sum()} better, {(gains < 0).sum()} worse of {len(gains)}"
     )
 
 
-def paired(first: list[Question], second: list[Question]) -> dict[str, Any]:
-    """Two models' answers to the same questions: what of them differs. Raises InputError."""
-    if first[0].answer is None:
-        raise InputError("these questions hide their answers, so there is nothing to compare")
-    before = {question.id: correct(question) for question in first}
-    after = {question.id: correct(question) for question in second}
-    differ = before.keys() ^ after.keys()
-    if differ:
-        raise InputError(f"these files are not of the same questions ({len(differ)} differ)")
-    gains = np.array([after[name] - before[name] for name in before])
-    better = int((gains > 0).sum())
-    worse = int((gains < 0).sum())
-    return {
-        "shares": [np.mean(list(before.values())), np.mean(list(after.values()))],
-        "difference": [gains.mean(), *bootstrap(gains)],
-        "better": better,
-        "worse": worse,
-        "n": len(gains),
-        "p": mcnemar(better, worse),
-    }
+# ---------------------------------------------------------------------------------------- is the run healthy?
+
+
+def mean(rows: list[dict], name: str) -> float:
+    return sum(row.get(name, 0.0) for row in rows) / len(rows)
+
+
+def doubts(rows: list[dict], format_weight: float = 0.0) -> dict[str, str]:
+    """What a run's rows of the log give reason to doubt: {name: words}, {} for a healthy run.
+
+    Reward and official score part where their distance has grown by more than DRIFT, from the first 10 steps
+    to the last 20; only the growth counts, and not what --format_weight pays for the form.
+    """
+    found = {}
+    first = rows[: WINDOW // 2]
+    last = rows[-WINDOW:]
+    recent = rows[-WINDOW // 2 :]
+    if len(recent) == WINDOW // 2 and mean(recent, "frac_reward_zero_std") == 1:
+        found["nothing"] = (
+            f"nothing is learned: in {len(recent)} steps no group's rewards differ (reward "
+            f"{mean(recent, 'reward'):.2f}; {mean(recent, 'named_none'):.0%} of the answers name no choice). "
+            "Read samples.jsonl, and try --explain"
+        )
+    for row in rows:
+        if row["kl"] > LEAP:
+            words = f"the KL divergence leaps to {row['kl']:.1f} at step {row['step']}"
+            found["leap"] = f"{words}: a smaller --lr, or a larger --beta"
+    if len(rows) < WINDOW:
+        return found
+    gaps = []
+    for some in (first, last):
+        form = format_weight * mean(some, "asked_form")
+        gaps.append(mean(some, "reward") - form - mean(some, "official"))
+    if gaps[1] - gaps[0] > DRIFT:
+        found["drift"] = (
+            f"reward and score part: over the last {WINDOW} steps the reward is {mean(last, 'reward'):.2f}, "
+            f"but the benchmarks' rule finds {mean(last, 'official'):.2f} of the answers right (naming "
+            f"several {mean(first, 'hedged'):.2f} -> {mean(last, 'hedged'):.2f}, naming none "
+            f"{mean(first, 'named_none'):.2f} -> {mean(last, 'named_none'):.2f}, tokens of an answer "
+            f"{mean(first, 'completion_length'):.2f} -> {mean(last, 'completion_length'):.2f}). Read "
+            "samples.jsonl; --reward official pays what the score counts"
+        )
+    return found
 
 
 # ------------------------------------------------------------------------------------------- a folder of runs
@@ -280,67 +291,60 @@ class Result:
 
     run: str
     bench: str
-    audio: str  # what was heard: real, none, silence, swap
+    audio: str  # one of HEARD
     path: Path
-    about: dict[str, Any]  # its .meta
+    about: dict  # its .meta
     questions: list[Question]
     scores: Scores
 
-    @property
-    def place(self) -> tuple[str, str, str]:
-        return self.run, self.bench, self.audio
 
-    @property
-    def average(self) -> Accuracy | str:
-        return self.scores.get(("all", "all"), "answers hidden")
-
-
-def readable(paths: Iterable[Path], read: Callable) -> Iterator[Any]:
+def readable(paths: Iterable[Path], read: Callable, folder: Path) -> list:
     """What `read` makes of each file; another program's, a damaged or unfinished one is named and left."""
+    found = []
     for path in sorted(paths):
         try:
-            yield read(path)
+            found.append(read(path, folder))
         except Exception as error:
             log.warning("left out: %s: %s", path, first_line(error))
+    return found
 
 
-def find_results(folder: Path) -> list[Result]:
-    """Every predictions file under `folder`, told by its .meta; what was heard comes first."""
-    results: dict[tuple, Result] = {}
-    for result in readable(folder.rglob("*.meta"), read_result):
-        if result.place in results:  # a/p.json, b/p.json: no prediction hides another
-            result = replace(result, run=str(result.path.relative_to(folder)))
-        results[result.place] = result
-    return sorted(results.values(), key=lambda result: result.audio != "real")
+def run_name(path: Path, folder: Path) -> str:
+    """A run's place in the results' folder; that folder's own name where it is the run itself."""
+    name = os.path.relpath(path, folder)
+    return folder.name if name == "." else name
 
 
-def read_result(meta: Path) -> Result:
-    """RUN/eval/BENCH.AUDIO.json is RUN's; a predictions file of any other name gives the run its own."""
+def read_result(meta: Path, folder: Path) -> Result:
+    """RUN/eval/BENCH.AUDIO.json is RUN's; a predictions file elsewhere is a run of its own."""
     about = parse_json(read_text(meta))
     path = meta.with_suffix(".json")
     if not path.is_file():
         path = meta.with_suffix("")  # predictions of another ending: P.txt and P.txt.meta
-    questions = read_predictions(path, about.get("audio_dir") or os.path.dirname(about.get("data") or ""))
-    run = path.parent.parent.name if path.parent.name == "eval" else path.stem
+    questions = read_questions(path, about["audio_dir"] or os.path.dirname(about["data"]))
+    run = path.parent.parent if path.parent.name == "eval" else path.with_suffix("")
     scores = score_questions(questions)
-    return Result(run, about["bench"], about["audio"], path, about, questions, scores)
+    return Result(run_name(run, folder), about["bench"], about["audio"], path, about, questions, scores)
 
 
-def read_run(file: Path) -> tuple[str, dict[str, Any]]:
-    """(name, what is drawn) of the run whose log.jsonl this is."""
-    about = {}
-    if file.with_name("config.json").exists():
-        about = parse_json(read_text(file.with_name("config.json")))
-    run: dict[str, Any] = {name: about.get(name) for name in ("model", "parameters", "layout", "steps")}
-    run["log"] = []
-    run["seconds"] = 0.0
-    for row in rows_of(file):
-        run["log"].append({key: float(row[key]) for key in CURVES.split() if key in row})
-        run["seconds"] += sum(row[key] for key in row if key.startswith("seconds"))
+def read_run(file: Path, folder: Path) -> tuple[str, dict]:
+    """(name, its arguments and what is drawn) of the run whose log.jsonl this is."""
+    run = parse_json(read_text(file.with_name("config.json")))
+    rows = rows_of(file)
+    steps = [row for row in rows if "kl" in row]  # not the held-out scores
+    run["doubts"] = doubts(steps, run["format_weight"])
+    run["seconds"] = sum(row[key] for row in rows for key in row if key.startswith("seconds"))
+    run["log"] = [{key: row[key] for key in CURVES.split() if key in row} for row in rows]
     samples = rows_of(file.with_name("samples.jsonl"))
     stride = len(samples) // SAMPLES + 1
     run["samples"] = samples[::-stride][::-1]
-    return file.parent.name, run
+    for sample in run["samples"]:
+        sample["audio"] = clip_link(sample.get("audio"), folder)
+    return run_name(file.parent, folder), run
+
+
+def asked(about: dict) -> str:
+    return str([about.get(key) for key in ASKED])
 
 
 def clip_link(path: str | None, folder: Path) -> str | None:
@@ -348,79 +352,132 @@ def clip_link(path: str | None, folder: Path) -> str | None:
     return quote(os.fsencode(os.path.relpath(path, folder))) if path else None
 
 
-# --------------------------------------------------------------------------------------------- what is drawn
+# ------------------------------------------------------------------------------------ does it need the audio?
 
 
-def fields_of(table: str) -> list[list[str]]:
-    """The fields of each row of a table of PAPER, and of TABLES."""
-    return [line.split(" | ") for line in table.strip().splitlines()]
+def retained(shares: np.ndarray) -> str:
+    """(n, 2) right with the clip and without: the share of the score that stays (of one right at least)."""
+
+    def kept(some: np.ndarray) -> float:
+        heard, unheard = some.sum(0)
+        return unheard / max(heard, 1)
+
+    return percent(kept(shares), *bootstrap(shares, kept))
 
 
-def paper_tables(results: list[Result]) -> list[dict[str, Any]]:
-    """Tables I-IV as {"title", "columns", "rows"}. A cell is a text, or [ours, the paper's number or "-"].
+def read_finished(path: str) -> Result:
+    """An evaluation that was answered to its end; questions without an answer are left out, and counted."""
+    meta = Path(path).with_suffix(".meta")
+    try:
+        result = read_result(meta, meta.parent)
+        missing = result.about["unanswered"]
+    except Exception as error:
+        raise InputError(f"{path}, {meta.name}: not what evaluate.py wrote: {first_line(error)}") from None
+    if missing:
+        log.warning("%s: %d questions have no answer, and are left out", path, len(missing))
+    return replace(result, questions=[one for one in result.questions if one.id not in missing])
 
-    Ours is an Accuracy, a text that says why there is none, or None for what was not run.
+
+def need(real: str, silent: str) -> list[str]:
+    """One model's answers with the clip and without, over all and by group: which of them needed it.
+
+    In percent of all answers, each order one; the retained share with its 95 % interval, paired by questions.
     """
-    ours: dict[tuple, Accuracy | str] = {}
-    for result in results:
-        ours[(*result.place, "all")] = result.average
-        for (column, group), numbers in result.scores.items():
-            if column in ("task", "modality"):
-                ours[(*result.place, group)] = numbers
-    tables = []
-    for name, title, benches, heard, groups in fields_of(TABLES):
-        columns = list(product(benches.split(), heard.split(), groups.split()))
-        rows = []
-        for model, method, run, published in fields_of(PAPER[name]):
-            cells = []
-            for column, number in zip(columns, published.split(), strict=True):
-                cells.append([ours.get((run, *column)), number])
-            if cells.count([None, "-"]) < len(cells):
-                rows.append([model, method, *cells])
-        heads = [" ".join(column).replace(" real", "") for column in columns]
-        tables.append(
-            {"title": f"Table {name}: {title}", "columns": ["model", "method", *heads], "rows": rows}
+    heard = read_finished(real)
+    unheard = read_finished(silent)
+    alike = asked({**heard.about, "audio": unheard.audio}) == asked(unheard.about)
+    if not alike or heard.audio != "real" or unheard.audio == "real":
+        raise InputError(f"{real}, {silent}: give one model's answers with the clip and without, asked alike")
+    pairs = side_by_side([heard.questions, unheard.questions])
+    right = np.array([list(map(rights, pair)) for pair in pairs])  # (n, 2, orders)
+    lines = [
+        f"{'':35}  real {unheard.audio:>7} {'retained':19} needs audio, text suffices, misleads, neither"
+    ]
+    for group, places in groups_of(heard.questions).items():
+        one, other = right[places].swapaxes(0, 1)  # (n, orders)
+        stays = retained(right[places].mean(2))
+        lines.append(
+            f"{group:35} {100 * one.mean():5.1f} {100 * other.mean():7.1f} {stays:19} "
+            f"{100 * (one & ~other).mean():11.1f} {100 * (one & other).mean():14.1f} "
+            f"{100 * (other & ~one).mean():9.1f} {100 * (~one & ~other).mean():8.1f}  n = {len(places)}"
         )
+    return lines + agreement(heard.questions) + agreement(unheard.questions)
+
+
+def split(paths: list[str], out: str) -> list[str]:
+    """Write the questions never, sometimes and always answered right over all files and orders.
+
+    JSON lines of the published rows, so that train.py reads each file. Raises InputError.
+    """
+    parts = {"never": [], "sometimes": [], "always": []}
+    guessed = 0.0
+    for same in side_by_side([read_finished(path).questions for path in paths]):
+        right = sum(map(rights, same), [])
+        row = same[0].meta["source"]
+        published = {key: row[key] for key in row if key not in OURS.split()}
+        parts[list(parts)[any(right) + all(right)]].append(published)
+        guessed += len(same[0].choices) ** -len(right)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for name, rows in parts.items():
+        write_text(Path(out) / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    counts = [f"{len(rows)} {name}" for name, rows in parts.items()]
+    return [f"right {', '.join(counts)}; guessing alone would put {guessed:.0f} into always", f"saved {out}"]
+
+
+# ------------------------------------------------------------------------------------------------- the tables
+
+
+def paper_tables(results: list[Result]) -> list[Table]:
+    """Tables I-IV with our numbers beside the paper's."""
+    ours = {}
+    for result in results:
+        for group, numbers in result.scores.items():
+            column = f"{result.bench} {result.audio} {group}"
+            ours[result.run, column.replace(" real ", " ")] = numbers
+    tables = []
+    for title, text in PAPER.items():
+        head, *published = [line.split(" | ") for line in text.strip().splitlines()]
+        columns = head[3].split(", ")
+        rows = []
+        for model, method, run, numbers in published:
+            cells = []
+            for column, number in zip(columns, numbers.split(), strict=True):
+                cells.append([ours.get((run, column)), number])
+            rows.append([model, method, *cells])
+        tables.append((title, ["model", "method", *columns], rows))
     return tables
 
 
-def results_table(results: list[Result]) -> dict[str, Any]:
-    rows = []
+def results_table(results: list[Result]) -> Table:
+    """A row a run and benchmark: its averages by what was heard, and what of them stays without the clip."""
+    heard = {}
     for result in results:
-        empty = sum(not answers(question)[0] for question in result.questions)
-        rows.append([*result.place, [result.average, "-"], str(empty)])
-    heads = ["run", "benchmark", "audio", "average", "without an answer"]
-    return {"title": "All runs", "columns": heads, "rows": rows}
-
-
-def curves_table(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Means of the first and the last 20 rows (or quarter) of each run that have the number."""
+        heard.setdefault((result.run, result.bench), {})[result.audio] = result
     rows = []
-    for run, found in runs.items():
-        cells = [run]
-        for key in LEARNED:
-            values = [row[key] for row in found["log"] if key in row]
-            count = min(20, (len(values) + 3) // 4)
-            if values:
-                values = [f"{np.mean(values[:count]):.3f} → {np.mean(values[-count:]):.3f}"]
-            cells.append("".join(values))
-        rows.append(cells)
-    return {"title": "Learning: first → last 20 steps", "columns": ["run", *LEARNED], "rows": rows}
+    for place, found in heard.items():
+        cells = []
+        for audio in HEARD:
+            cells.append([found[audio].scores["all"], "-"] if audio in found else "")
+        stays = []
+        for audio in HEARD[1:]:
+            with suppress(InputError, KeyError):  # hidden answers; not asked
+                shares = paired(found["real"].questions, found[audio].questions)
+                stays.append(f"{audio} {retained(shares)}")
+        rows.append([*place, *cells, "; ".join(stays)])
+    return "Does it listen?", ["run", "benchmark", *HEARD, "retained"], rows
 
 
-def markdown(table: dict[str, Any]) -> str:
-    """A table as above in Markdown. A name that would break out of its cell, or is not UTF-8, cannot."""
-    columns = table["columns"]
+def markdown(table: Table) -> str:
+    """A table in Markdown. A name that would break out of its cell, or is not UTF-8, cannot."""
+    _, columns, rows = table
     lines = []
-    for cells in [columns, ["---"] * len(columns), *table["rows"]]:
-        line = "|"
-        for cell in cells:
-            line += f" {cell_text(cell)} |"
-        lines.append(line.encode("utf-8", "replace").decode())
-    return "\n".join(lines)
+    for cells in [columns, ["---"] * len(columns), *rows]:
+        lines.append(f"| {' | '.join(map(cell_text, cells))} |")
+    return "\n".join(lines).encode("utf-8", "replace").decode()
 
 
 def cell_text(cell: str | list) -> str:
+    """A cell is a text, or [ours: an Accuracy, a text or None for what was not run; the paper's or "-"]."""
     if isinstance(cell, str):
         return cell.replace("|", "\\|")
     ours, published = cell
@@ -432,107 +489,77 @@ def cell_text(cell: str | list) -> str:
     return text.strip()
 
 
-def question_texts(results: list[Result], folder: Path) -> dict[str, Any]:
-    """{benchmark: {id: what its question says}}; the page puts beside it what each run answered."""
-    texts: dict[str, Any] = {}
-    for result in results:
+# --------------------------------------------------------------------------------------------------- the page
+
+
+def draw(results: list[Result], runs: dict[str, dict], folder: Path) -> tuple[list, dict]:
+    """The page's results, and {benchmark: {id: a question}}, each with what the results said.
+
+    A result is (run, benchmark, audio, scores, gain), its gain (base's run, score before, after, difference
+    with its interval) or None. "said" is {place of the result: [answer, share of the orders right]}.
+    """
+    rows = []
+    texts = {}
+    by_asked = {asked(result.about): result for result in results}
+    for place, result in enumerate(results):
+        model = runs.get(result.run, {}).get("model")
+        base = by_asked.get(asked({**result.about, "model": model, "adapter": None}))
+        gain = None
+        with suppress(InputError):  # of other questions, or of hidden answers
+            if base:
+                shares = paired(base.questions, result.questions)
+                gains = np.diff(shares)
+                gain = (base.run, *shares.mean(0), gains.mean(), *bootstrap(gains))
+        rows.append((result.run, result.bench, result.audio, result.scores, gain))
         page = texts.setdefault(result.bench, {})
         for question in result.questions:
-            page[question.id] = {
-                "question": question.question,
-                "choices": question.choices,
-                "answer": question.answer,
-                "audio": clip_link(question.audio, folder),
-                "groups": [": ".join(group) for group in groups_of(question)[1:]],
-            }
-    return texts
+            shown = {**vars(question), "meta": {}, "groups": list(groups_of([question]))[1:], "said": {}}
+            shown["audio"] = clip_link(question.audio, folder)
+            text = question.meta["source"].get("raw_output", answers(question)[0])
+            said = page.setdefault(question.id, shown)["said"]
+            said[place] = [text[-LONGEST_ANSWER:], question.answer and correct(question)]
+    return rows, texts
 
 
-def result_row(result: Result, base: Result | None) -> dict[str, Any]:
-    """A result as the page draws it; "said" is [id, answer, share of the orders answered right or None]."""
-    said = []
-    for question in result.questions:
-        text = question.meta["source"].get("raw_output", answers(question)[0])
-        right = None if question.answer is None else correct(question)
-        said.append([question.id, text[-LONGEST_ANSWER:], right])
-    run, bench, audio = result.place
-    scores = [[*group, *numbers] for group, numbers in result.scores.items()]
-    row = {"run": run, "bench": bench, "audio": audio, "scores": scores, "said": said}
-    if base and result.scores:
-        with suppress(InputError):  # of other questions
-            row["gain"] = {"base": base.run, **paired(base.questions, result.questions)}
-    return row
-
-
-def base_of(result: Result, results: list[Result], runs: dict[str, dict[str, Any]]) -> Result | None:
-    """What the run was trained from, asked the same in the same way; None where that was not asked."""
-    asked = {**result.about, "model": runs.get(result.run, {}).get("model"), "adapter": None}
-    for other in results:
-        if all(other.about.get(key) == asked.get(key) for key in ASKED):
-            return other
-    return None
-
-
-def notes(results: list[Result], runs: dict[str, dict[str, Any]]) -> list[str]:
+def notes(results: list[Result], runs: dict[str, dict]) -> list[str]:
     """A line for each model that is not of the paper's size: beside the paper's numbers ours mislead."""
     sizes = {run["model"]: run["parameters"] for run in runs.values()}
-    found: dict[str, None] = {}
-    for result in results:
-        model = str(runs.get(result.run, result.about).get("model"))
-        size = sizes.get(model)
-        is_papers = size is None and "7B" in model
-        if not (result.about.get("url") or is_papers or (size or 0) >= PAPERS_SIZE):
-            words = f"{result.run} is {model}, of {size or 'unknown'} parameters: not the paper's 7B model"
-            found[words] = None
-    return list(found)
+    found = []
+    for run, about in ({result.run: result.about for result in results} | runs).items():
+        model = str(about.get("model"))
+        papers = "7B" in model or about.get("url")
+        size = sizes.get(model, PAPERS_SIZE if papers else 0)
+        if size < PAPERS_SIZE:
+            found.append(f"{run} is {model}, of {size or 'unknown'} parameters: not the paper's 7B model")
+    return found
 
 
-def fill_cards(results: list[Result]) -> None:
-    """Each run's scores into its model/README.md, after the mark, in place of the table that stood there."""
-    for result in results:
-        folder = result.path.parent
-        card = folder.with_name("model") / "README.md"
-        if folder.name == "eval" and card.is_file():
-            head, mark, rest = read_text(card).partition(SCORES_HERE)
-            own = [other for other in results if other.path.parent == folder]
-            rest = re.sub(r"\A\n*(\|.*\n)*\n*", "", rest)
-            if mark:
-                write_text(card, f"{head}{mark}\n\n{markdown(results_table(own))}\n\n{rest}")
-
-
-def page(data: dict[str, Any]) -> str:
+def page(data: dict) -> str:
     """report.html with `data` in the place of its sample; no text of it can end the script element."""
     before, slot, rest = read_text(TEMPLATE).partition(SLOT)
     _, end, after = rest.partition("</script>")
     text = json.dumps(data, separators=(",", ":"))  # in ASCII, so U+2028 and half characters are escaped
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return before + slot + text + end + after
+    return before + slot + text.replace("<", "\\u003c") + end + after
 
 
 def report(folder: Path | str) -> str:
-    """Write report.md and report.html into `folder`, scores into model cards. Returns report.md's text."""
+    """Write report.md and report.html into `folder`. Returns report.md's text."""
     folder = Path(os.path.abspath(folder))
-    results = find_results(folder)
-    logs = [*folder.glob("log.jsonl"), *folder.glob("*/log.jsonl")]
-    runs = dict(readable(logs, read_run))
+    results = readable(folder.rglob("*.meta"), read_result, folder)
+    runs = dict(readable(folder.rglob("log.jsonl"), read_run, folder))
     if not results and not runs:
         raise InputError(f"{folder} has no log, and no predictions of evaluate.py (with their .meta file)")
-    for run in runs.values():
-        for sample in run["samples"]:
-            sample["audio"] = clip_link(sample.get("audio"), folder)
     small = notes(results, runs)
-    tables = [*paper_tables(results), results_table(results), curves_table(runs)]
+    tables = [*paper_tables(results), results_table(results)]
     text = "# Results\n\nOurs in bold with its 95 % interval, the paper's in parentheses.\n"
     for note in small:
         text += f"\n**{note}**\n".encode("utf-8", "replace").decode()
     for table in tables:
-        text += f"\n### {table['title']}\n\n{markdown(table)}\n"
-    data = {"tables": tables, "notes": small, "runs": runs, "questions": question_texts(results, folder)}
-    data["results"] = [result_row(result, base_of(result, results, runs)) for result in results]
+        text += f"\n### {table[0]}\n\n{markdown(table)}\n"
+    drawn, questions = draw(results, runs, folder)
+    data = {"tables": tables, "notes": small, "runs": runs, "questions": questions, "results": drawn}
     write_text(folder / "report.md", text)
     write_text(folder / "report.html", page(data))
-    fill_cards(results)
     return text
 
 
@@ -542,22 +569,29 @@ def report(folder: Path | str) -> str:
 def main() -> None:
     logging.basicConfig(format="%(message)s")
     sys.stdout.reconfigure(errors="replace")  # a file's name need not be UTF-8
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape, allow_abbrev=False)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("results", nargs="?", help="a folder of runs: write the paper's tables and a page into it")
     add("--score", metavar="P", help="print the accuracies of a predictions file")
     add("--compare", nargs=2, metavar=("A", "B"), help="print the paired difference of two")
+    add("--need", nargs=2, metavar=("REAL", "SILENT"), help="print how much of a score needs the audio")
+    add("--split", nargs="+", metavar="P", help="write the questions never, sometimes, always answered right")
+    parser.add_argument("--out", default=".", help="folder of --split's three files (%(default)s)")
     args = parser.parse_args()
     try:
         if args.score:
-            print(*summary_lines(args.score), sep="\n")
+            lines = summary_lines(args.score)
         elif args.compare:
-            print(compare(*args.compare))
-        elif args.results:
-            print(report(args.results))
+            lines = [compare(*args.compare)]
+        elif args.need:
+            lines = need(*args.need)
+        elif args.split:
+            lines = split(args.split, args.out)
         else:
-            parser.error("give a folder of runs, --score or --compare")
+            lines = [report(args.results)]
+        print(*lines, sep="\n")
     except (InputError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 

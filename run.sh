@@ -29,7 +29,7 @@ AVQA=("$DATA/avqa/train_qa.json" "$DATA/avqa/audio") ARC=("$DATA/arc/ARC-Easy-Tr
 CAPTIONS=("$DATA/audiosetcaps/VGGSound_AudioSetCaps_caption.csv" "$DATA/audiosetcaps/VGGSound_Qwen-Audio_Q&A.csv")
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}" # time to write a checkpoint
 
-# name | fills | needs, beside the benchmarks | command. The last five run by name alone: the authors did not run them.
+# name | fills | needs, beside the benchmarks | command. The last six run by name alone: the authors did not run them.
 STAGES='
 fetch|data/, from the hub||fetch
 base-omni|Tables I-IV, Qwen2.5-Omni reproduced|$OMNI|evaluate "$OMNI"
@@ -46,6 +46,7 @@ qwen2audio-avqa-noaudio|Table IV|$QWEN2AUDIO avqa|train "$QWEN2AUDIO" "${AVQA[@]
 qwen2audio-arc|Table IV|$QWEN2AUDIO arc|train "$QWEN2AUDIO" "${ARC[@]}" --no_audio
 report|all tables, learning curves, a page to look at and listen to||report
 omni-audiomcq|not in the paper: trained on AudioMCQ|$OMNI audiomcq|train "$OMNI" "$DATA/audiomcq/data.jsonl" "$DATA/audiomcq"
+omni-avqa-heard|not in the paper: AVQA without what silence gets right|$OMNI avqa|heard "$OMNI" "${AVQA[@]}"
 omni-avqa-lora|not in the paper: low-rank, one card is enough|$OMNI avqa|train "$OMNI" "${AVQA[@]}" --lora 64 --lr 1e-5
 qwen2audio-r1aqa|beside Table I, R1-AQA: its prompt|$QWEN2AUDIO avqa|PROMPT=answer train "$QWEN2AUDIO" "${AVQA[@]}"
 base-omni-think|beside Table I, zero-shot chain of thought|$OMNI|PROMPT=think evaluate "$OMNI" --max_new_tokens 512
@@ -89,7 +90,7 @@ fetch() { # what the stages asked for need, where the disk has room for it
   [ -n "$PLAN" ] || python fetch.py --data "$DATA" $FETCH $(needs)
 }
 
-needs() { for name in $ASKED; do eval echo "$(field "$name" 3) $BENCHES"; done | tr ' ' '\n' | sort -u; }
+needs() { for name in $ASKED; do eval echo "$(field "$name" 3) $BENCHES"; done | tr ' ' '\n' | sed '/^\//d' | sort -u; } # a model's folder is here
 
 train() { # train MODEL QUESTIONS CLIPS [options]: one run of Section IV, then its evaluation
   local model=$1 questions=$2 clips=$3 out="$RESULTS/$NAME" processes=$((GPUS * NODES)) batch; shift 3
@@ -107,6 +108,22 @@ train() { # train MODEL QUESTIONS CLIPS [options]: one run of Section IV, then i
     launch "$@"
   fi
   evaluate "$out/model"
+}
+
+heard() { # heard MODEL QUESTIONS CLIPS: as many steps on the questions alone that the model, hearing silence, gets wrong
+  local model=$1 questions=$2 clips=$3 folder="$DATA/$NAME"
+  if [ -z "$PLAN" ]; then
+    any_bench
+    if [ ! -f "$folder/never.jsonl" ]; then
+      say "$NAME: which questions need the audio"
+      launch evaluate.py --model "$model" --data "$questions" --audio_dir "$clips" --audio silence --prompt "$PROMPT" \
+        --out "$folder/silence.json" $EVAL
+      [ "$NODE_RANK" != 0 ] || python report.py --split "$folder/silence.json" --out "$folder"
+      until [ -f "$folder/never.jsonl" ]; do sleep 5; done
+    fi
+    questions="$folder/never.jsonl"
+  fi
+  train "$model" "$questions" "$clips"
 }
 
 bench_files() { # bench -> its questions|its clips

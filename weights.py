@@ -7,13 +7,12 @@ who holds which rows of them in fsdp.py.
 """
 
 import contextlib
-import json
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -42,7 +41,15 @@ INDEX = "model.safetensors.index.json"
 # Beside the weights; nothing else of a model folder is fetched or copied. spk_dict.pt, Qwen2.5-Omni's voices,
 # is a pickle: copied, never read.
 SMALL_FILES = ("*.json", "*.txt", "*.jinja", "spk_dict.pt")
-SCORES_HERE = "<!-- scores -->"  # in a model card; report.py writes the run's scores after it
+CARD = """---
+library_name: transformers
+pipeline_tag: audio-text-to-text
+{known}---
+
+# {base}, fine-tuned with GRPO on audio questions (arXiv 2505.09439)
+
+{made}
+"""
 WHOLE = "thinker."  # begins the names of the thinker's weights in the hub's whole Qwen2.5-Omni
 NOT_LOADED = ("inv_freq", "audio_bos_eos_token.weight")  # ends of names: tables, an embedding without a use
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
@@ -103,36 +110,35 @@ def door(path: Path | str, fault: str = "cannot be read: fetch the checkpoint ag
 
 def find_model(path: Path | str, config_only: bool = False) -> Path:
     """A local folder as it is, a hub name downloaded. Raises InputError if it is neither."""
-    folder = Path(path)
-    if not os.path.isdir(folder):
-        if os.path.exists(folder) or len(folder.parts) != 2 or str(path).startswith((".", "/", "~")):
-            raise InputError(
-                f"no model folder at {path}: give a checkpoint folder, or a hub name as owner/name"
-            )
-        wanted = ["config.json"]
-        if not config_only:
-            wanted = [*SMALL_FILES, "*.safetensors"]
-        with door(path, "is no local folder and cannot be fetched from the hub"):
-            folder = Path(snapshot_download(str(path), allow_patterns=wanted))
-    files_in(folder, SMALL_FILES)
-    if not os.path.lexists(folder / "config.json"):
-        raise InputError(f"{folder} has no config.json: not a checkpoint folder")
-    return folder
+    if os.path.isdir(path):
+        return Path(path)
+    wanted = ["config.json"]
+    if not config_only:
+        wanted = [*SMALL_FILES, "*.safetensors"]
+    with door(path, "is no model folder here, and no name of the hub that can be fetched"):
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
 
 
 def files_in(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """A model folder's files by pattern. A link is followed within the folder or its hub cache only."""
-    home = folder.resolve()
-    places = (home, home.parent.parent / "blobs")
+    """A model folder's files by pattern; no pipes, and no links to nothing."""
     found = []
     for pattern in patterns:
         found += sorted(folder.glob(pattern))
-    for path in found:
-        if path.resolve().parent not in places or not path.is_file():
-            raise InputError(
-                f"{path} is no regular file or leads out of the model folder: put the file there"
-            )
-    return found
+    return [path for path in found if path.is_file()]
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to, renamed to `out` when all is in it. What fails within leaves `out` as it was."""
+    scratch = out.with_name(out.name + ".writing")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        shutil.rmtree(out, ignore_errors=True)
+        scratch.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def read_small_file(folder: Path, name: str) -> dict[str, Any]:
@@ -146,11 +152,11 @@ def read_small_file(folder: Path, name: str) -> dict[str, Any]:
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """The language side's config: for the hub's whole Qwen2.5-Omni, its thinker's. Raises InputError."""
-    kind = read_small_file(folder, "config.json").get("model_type")
     with door(folder / "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        kind = config.model_type
         if kind not in FAMILIES:
             raise InputError(f"{folder} holds a model of type {kind!r}; supported: {', '.join(FAMILIES)}")
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         config = getattr(config, "thinker_config", config)
         # Whatever the file says: "eager" would add our bool masks to the logits as numbers, without a word.
         config._attn_implementation = "sdpa"
@@ -158,19 +164,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """Of a model's JSON files, and of its weights' names, shapes and first 4 KB each."""
-    pieces = []
-    for path in files_in(folder, ("*.json",)):
-        pieces.append(path.read_bytes())
-    for path in files_in(folder, ("*.safetensors",)):
-        with door(path), open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length)
-            pieces.append(header)
-            for tensor in json.loads(header).values():
-                if "data_offsets" in tensor:
-                    file.seek(8 + length + tensor["data_offsets"][0])
-                    pieces.append(file.read(4096))
+    """Of a model's JSON files, and of its weights' names and first 256 numbers each."""
+    pieces = [path.read_bytes() for path in files_in(folder, ("*.json",))]
+    for name, stored in Weights(folder).stored.items():
+        first = stored[...].flatten()[:256]  # of a mapped file: no more is read
+        pieces.append(f"{name} {first.tolist()}".encode())
     return sha256(b"".join(pieces))
 
 
@@ -182,40 +180,31 @@ class Weights:
 
     def __init__(self, folder: Path):
         self.files = {}
-        self.shapes = {}
-        self.dtypes = {}
+        self.stored = {}  # safetensors' slices: shape and dtype, and [...] reads one
         for path in files_in(folder, ("*.safetensors",)):
             with door(path, "is no whole safetensors file: cut off, or a git-lfs pointer? Fetch it again"):
-                self.read_header(path)
+                file = safe_open(path, "pt")
+                for name in file.keys():  # noqa: SIM118 (no dict)
+                    if name in self.files:  # which would be the right one?
+                        raise InputError(f"{path} and {self.files[name]} both hold {name}: move one away")
+                    self.files[name] = path
+                    self.stored[name] = file.get_slice(name)
         with door(folder / INDEX):
             listed = read_small_file(folder, INDEX).get("weight_map", {})
-            for name, file in listed.items():
-                if self.files.get(name) != folder / file:
-                    raise InputError(f"{folder} has no {name} in a file {file}, though {INDEX} says so")
-        if not self.files:
-            raise InputError(f"{folder} has no safetensors weights (other formats are not read)")
+            for file in listed.values():
+                if not (folder / file).is_file():
+                    raise InputError(f"{folder} lacks {file}, which {INDEX} names: fetch it as well")
         self.prefix = ""
         if any(name.startswith(WHOLE) for name in self.files):
             self.prefix = WHOLE
-
-    def read_header(self, path: Path) -> None:
-        """Raises InputError where another file holds the same name: which would be the right one?"""
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no dict)
-                if name in self.files:
-                    raise InputError(f"{path} and {self.files[name]} both hold {name}: move one away")
-                weight = file.get_slice(name)
-                self.files[name] = path
-                self.shapes[name] = weight.get_shape()
-                self.dtypes[name] = weight.get_dtype()
 
     def stored_name(self, name: str, family: Family) -> str:
         """transformers' parameter name -> the name in these files."""
         return self.prefix + hub_name(name, family)
 
-    def tensor(self, name: str) -> Tensor:
-        with safe_open(self.files[name], "pt") as file:
-            return file.get_tensor(name)
+    def part(self, stored: str) -> str:
+        """The part of a model that a weight is of: model, audio_tower, talker, ..."""
+        return stored.removeprefix(self.prefix).split(".")[0]
 
 
 def hub_name(name: str, family: Family) -> str:
@@ -239,41 +228,34 @@ def empty_model(folder: Path, audio: bool = True) -> nn.Module:
     if not audio:
         unused += [(model.model, "audio_tower"), (model.model, "multi_modal_projector")]
     for parent, part in unused:
-        if hasattr(parent, part):
-            delattr(parent, part)
+        setattr(parent, part, None)
     return model
 
 
 def check_weights(model: nn.Module, family: Family, folder: Path) -> None:
     """Compare the parameters with all files' headers, before they get any memory. Raises InputError."""
     weights = Weights(folder)
-    wanted = set()
+    wanted = {}
     for name, parameter in model.named_parameters():
-        stored = weights.stored_name(name, family)
-        wanted.add(stored)
-        if stored not in weights.files:
+        wanted[weights.stored_name(name, family)] = list(parameter.shape)
+    for name, shape in wanted.items():
+        if name not in weights.stored:
             raise InputError(
-                f"{folder} has no weight named {stored}: incomplete, or of another kind of model"
+                f"{folder} has no weight named {name} in *.safetensors (no other format is read): "
+                "incomplete, or of another kind of model"
             )
-        shape = weights.shapes[stored]
-        if shape != list(parameter.shape):
-            raise InputError(f"{folder}: {stored} is {shape}, config.json says {list(parameter.shape)}")
-        if weights.dtypes[stored] not in FLOATS:
+        kind = weights.stored[name].get_dtype()
+        found = weights.stored[name].get_shape()
+        if kind not in FLOATS or found != shape:
             raise InputError(
-                f"{folder}: {stored} is stored as {weights.dtypes[stored]}: quantized weights are not read"
+                f"{folder}: {name} is {kind} of shape {found}, config.json says {shape}, "
+                "and integers (quantized weights) are not read"
             )
-    head = weights.stored_name("lm_head.weight", family)
-    if head not in wanted and head in weights.files:
-        table = weights.stored_name("model.language_model.embed_tokens.weight", family)
-        if not torch.equal(weights.tensor(head), weights.tensor(table)):
-            raise InputError(f"{folder}: tie_word_embeddings is true, but {head} and {table} differ")
-    for ours, _ in family.names:
-        prefix = weights.stored_name(ours, family)
-        if not any(name.startswith(prefix) for name in wanted):
-            continue
-        for name in weights.files:
-            if name.startswith(prefix) and name not in wanted and not name.endswith(NOT_LOADED):
-                raise InputError(f"{folder} has a weight {name}, for which config.json has no place")
+    parts = {weights.part(name) for name in wanted}
+    parts.add("lm_head")  # of tied embeddings, which the file must not hold twice
+    for name in weights.stored.keys() - wanted.keys():
+        if weights.part(name) in parts and not name.endswith(NOT_LOADED):
+            raise InputError(f"{folder} has a weight {name}, for which config.json has no place")
 
 
 @torch.no_grad()
@@ -292,32 +274,28 @@ def read_weights(lm: nn.Module) -> None:
 
 
 @torch.no_grad()
-def save_model(lm: nn.Module, out: Path, card: dict[str, Any] | None = None) -> None:
+def save_model(lm: nn.Module, out: Path, settings: dict[str, Any] | None = None) -> None:
     """The base's folder again, file for file, the trained weights in their places; renamed into place.
 
     Each weight has the dtype of the base's. Collective: gathers one weight at a time, the first process
-    writes. Raises InputError, in all processes and without touching `out`, if the disk is full or a weight is
-    not finite.
+    writes. Raises InputError, in all processes and without touching `out`, if the disk is full.
     """
-    base = Weights(lm.folder)
-    weights = whole_weights(lm, base)
-    scratch = out.with_name(out.name + ".writing")
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    files = saved_files(lm, writes)
     failures = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if writes:
         try:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-            for path in files_in(lm.folder, SMALL_FILES):
-                shutil.copyfile(path, scratch / path.name)
-            write_weights(weights, base, scratch)
-            if card is not None:
-                (scratch / "README.md").write_text(model_card(card), encoding="utf-8", errors="replace")
-            shutil.rmtree(out, ignore_errors=True)
-            scratch.rename(out)
-        except (InputError, SafetensorError, OSError) as error:
+            with new_folder(out) as scratch:
+                for path in files_in(lm.folder, SMALL_FILES):
+                    shutil.copyfile(path, scratch / path.name)
+                for name, tensors in files:
+                    save_file(tensors, scratch / name, metadata={"format": "pt"})
+                if settings:
+                    card = model_card(settings)
+                    (scratch / "README.md").write_text(card, encoding="utf-8", errors="replace")
+        except Exception as error:  # a full disk, in whatever library's words
             failures = [f"the model cannot be saved to {out}: {first_line(error)}"]
-            shutil.rmtree(scratch, ignore_errors=True)
-    for _ in weights:  # a gather needs all processes, whether anything is written or not
+    for _ in files:  # a gather needs all processes, whether anything is written or not
         pass
     if dist.is_initialized():
         dist.broadcast_object_list(failures)
@@ -325,47 +303,31 @@ def save_model(lm: nn.Module, out: Path, card: dict[str, Any] | None = None) -> 
         raise InputError(failures[0])
 
 
-def whole_weights(lm: nn.Module, base: Weights) -> Iterator[tuple[str, Tensor | None]]:
-    """Each of the files' names with the trained weight, None where it was not loaded. A gather each."""
+def saved_files(lm: nn.Module, writes: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The base's files one by one, the trained weights in the base's places if this process `writes` them."""
+    base = Weights(lm.folder)
     trained = {}
-    for name, parameter in lm.model.named_parameters(remove_duplicate=False):
+    for name, parameter in lm.model.named_parameters():
         trained[base.stored_name(name, lm.prompts.family)] = (name, parameter.detach())
-    for stored in base.files:
-        weight = None
-        if stored in trained:
-            name, weight = trained[stored]
-            if isinstance(weight, DTensor):
-                weight = weight.full_tensor()
-            weight = lm.merged(name, weight)
-        yield stored, weight
+    for file, names in groupby(base.files, base.files.get):
+        tensors = {}
+        for stored in names:
+            tensors[stored] = base.stored[stored][...]  # of a mapped file: not read before it is written
+            if stored in trained:
+                name, weight = trained[stored]
+                if isinstance(weight, DTensor):
+                    weight = weight.full_tensor()
+                if writes:
+                    weight = lm.merged(name, weight)
+                    tensors[stored] = weight.to("cpu", tensors[stored].dtype)
+        yield file.name, tensors
 
 
-def write_weights(weights: Iterator[tuple[str, Tensor | None]], base: Weights, folder: Path) -> None:
-    """The base's files one by one, as it names them. `weights` come in the files' order."""
-    last = {file: name for name, file in base.files.items()}  # of each file's names
-    tensors = {}
-    for stored, weight in weights:
-        tensors[stored] = base.tensor(stored)
-        if weight is not None:
-            dtype = tensors[stored].dtype
-            tensors[stored] = weight.to("cpu", dtype, copy=True).contiguous()  # tied: no memory twice
-            if not tensors[stored].isfinite().all():
-                raise InputError(f"{stored} has values that are not finite numbers")
-        file = base.files[stored]
-        if last[file] == stored:
-            save_file(tensors, folder / file.name, metadata={"format": "pt"})
-            tensors = {}
-
-
-def model_card(card: dict[str, Any]) -> str:
-    """README.md of a saved folder: what it was made of, and where report.py puts its scores."""
-    base = card["base"]
-    lines = ["---", "library_name: transformers", "pipeline_tag: audio-text-to-text"]
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) and not os.path.exists(base):
-        lines.append(f'base_model: "{base}"')  # the hub refuses a base that it does not know
-    lines += ["---", "", f"# {base}, fine-tuned with GRPO on audio questions (arXiv 2505.09439)", ""]
-    lines += [f"- data: {', '.join(card['data'])}", f"- steps: {card['steps']}"]
-    for key, value in card["settings"].items():
-        lines.append(f"- {key}: `{value}`")
-    lines += ["", "## Scores", "", SCORES_HERE, ""]
-    return "\n".join(lines)
+def model_card(settings: dict[str, Any]) -> str:
+    """README.md of a saved folder: what it was made of."""
+    base = settings["model"]
+    known = ""
+    if not os.path.isdir(base):
+        known = f'base_model: "{base}"\n'  # the hub refuses a base that it does not know
+    made = "\n".join(f"- {key}: `{value}`" for key, value in settings.items())
+    return CARD.format(known=known, base=base, made=made)

@@ -34,11 +34,8 @@ def question_about(prompt: str) -> str:
         return "I am sorry."
     right = re.search(r"sound of an? (\w+)", captions)[1]
     others = sorted(set(WORDS) - {right}, key=lambda word: draw(captions + word, 2**60))
-    row = {
-        "question_text": "What can be heard in the video?",
-        "multi_choice": [right, *others[:3]],
-        "answer": 0,
-    }
+    choices = [right, *others[:3]]
+    row = {"question_text": "What can be heard in the video?", "multi_choice": choices, "answer": 0}
     if draw(captions, 2):
         return f"output: {json.dumps(row)}"
     return f"Here is one.\n```json\n{json.dumps(row, indent=1)}\n```\nI hope that this helps!"
@@ -50,83 +47,91 @@ def reply_of(text: str | None, tokens: int = 400) -> dict:
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Of a request, here and in hub.py."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
     def log_message(self, *args: Any) -> None:
         pass
 
-    def do_POST(self) -> None:
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server.requests.append((time.monotonic(), self.headers.get("Authorization"), body))
-        time.sleep(server.latency)
-        if server.always:
-            return self.reply(*server.always)
-        if server.random.random() < server.fail:
-            return self.misbehave(server.random.choice(server.ways))
-        content = body["messages"][-1]["content"]
-        tokens = len(json.dumps(content)) // 4
-        if isinstance(content, str):
-            text = question_about(content)
-        else:  # a question about audio: one of the choices that it lists
-            asked = next(part["text"] for part in content if part["type"] == "text")
-            choices = re.findall(r"'([^']*)'", asked.split("options:")[1])
-            text = choices[draw(asked, len(choices))]
-            if not server.hears:
-                tokens = len(asked) // 4
-        self.reply(200, reply_of(text, tokens))
-
     def reply(self, status: int, body: bytes | dict, headers: dict | None = None, sent: float = 1.0) -> None:
         """`sent` is the share of the body that is sent before the connection is cut."""
-        data = body
         if not isinstance(body, bytes):
-            data = json.dumps(body).encode()
+            body = json.dumps(body).encode()
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(data[: int(sent * len(data))])
+        if self.command != "HEAD":
+            self.wfile.write(body[: int(sent * len(body))])
         self.close_connection = sent < 1
 
-    def misbehave(self, way: str) -> None:
-        if way == "pause":
-            self.reply(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.05"})
-        elif way == "error":
-            self.reply(500, {"error": {"message": f"for {self.headers.get('Authorization')}"}})
-        elif way == "malformed":
-            self.reply(200, b'{"choices": [{"message": {"con')
-        elif way == "nonsense":
-            self.reply(200, reply_of("Sorry, what?"))
-        elif way == "truncated":
-            self.reply(200, reply_of("x" * 400), sent=0.5)
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, handler: type, fail: float = 0.0):
+        """`fail` is the share of requests that fail."""
+        super().__init__(("127.0.0.1", 0), handler)
+        self.fail = fail
+        self.random = random.Random(0)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a client that was killed
+
+
+class ChatHandler(Handler):
+    def do_POST(self) -> None:
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        key = self.headers.get("Authorization")
+        server.requests.append((time.monotonic(), key, body))
+        time.sleep(server.latency)
+        content = body["messages"][-1]["content"]
+        tokens = len(json.dumps(content)) // 4
+        if server.always:
+            self.reply(*server.always)
+        elif server.random.random() < server.fail:
+            self.misbehave(server.random.choice(server.ways), key)
+        elif isinstance(content, str):
+            self.reply(200, reply_of(question_about(content), tokens))
+        else:  # a question about audio: one of the choices that it lists
+            asked = next(part["text"] for part in content if part["type"] == "text")
+            choices = re.findall(r"'([^']*)'", asked.split("options:")[1])
+            if not server.hears:
+                tokens = len(asked) // 4
+            self.reply(200, reply_of(choices[draw(asked, len(choices))], tokens))
+
+    def misbehave(self, way: str, key: str | None) -> None:
+        replies = {
+            "pause": (429, {"error": {"message": "slow down"}}, {"Retry-After": "0.05"}),
+            "error": (500, {"error": {"message": f"for {key}"}}),
+            "malformed": (200, b'{"choices": [{"message": {"con'),
+            "nonsense": (200, reply_of("Sorry, what?")),
+            "truncated": (200, reply_of("x" * 400), {}, 0.5),
+        }
+        if way in replies:
+            self.reply(*replies[way])
         else:  # no answer at all, at once or late
             time.sleep(way == "hang")
             self.close_connection = True
 
 
-class ChatServer(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(
-        self, latency: float = 0.0, fail: float = 0.0, always: tuple | None = None, hears: bool = True
-    ):
-        """`latency` in seconds; `fail` is the share of requests that fail, each in one of `ways`; `always` =
-        (status, body, headers) is the answer to all; one that does not hear counts no tokens for audio."""
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.hears = hears
+class ChatServer(Server):
+    def __init__(self, latency: float = 0.0, always: tuple | None = None, hears: bool = True, **options: Any):
+        """`latency` in seconds; `always` = (status, body, headers) is the answer to all; one that does not hear
+        counts no tokens for audio."""
+        super().__init__(ChatHandler, **options)
         self.latency = latency
-        self.fail = fail
         self.always = always
-        self.random = random.Random(0)
+        self.hears = hears
         self.ways = ["pause", "error", "malformed", "truncated", "cut", "hang"]
         self.requests = []
-        self.url = f"http://127.0.0.1:{self.server_port}/v1/chat/completions"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that was killed
+        self.url += "/v1/chat/completions"
 
 
 @contextlib.contextmanager

@@ -80,7 +80,8 @@ export HF_ENDPOINT URL HF_HOME HF_HUB_DISABLE_PROGRESS_BARS=1 OMP_NUM_THREADS=1 
 export OMNI=Qwen/Qwen2.5-Omni-7B QWEN2AUDIO=Qwen/Qwen2-Audio-7B-Instruct KEEP_SHORTEST=400
 export BENCHES="mmau-mini mmau-mini-v2 mmau-full mmar"
 bash run.sh
+bash run.sh omni-avqa-heard
 TRAIN="--lr 2e-3 --max_new_tokens 8 --seed $SEED" bash run.sh omni-avqa-lora report
 echo
-sed -n '/^### Table IV/,/^###  *All/p' "$RESULTS/report.md" | grep '^[#|]' | grep -v '### All'
+sed -n '/^### Table IV/,$p' "$RESULTS/report.md" | grep '^[#|]'
 echo "(in parentheses the paper's numbers, of models ten thousand times the size)"

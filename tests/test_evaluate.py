@@ -24,7 +24,7 @@ from conftest import DATA, free_port
 from data import read_questions
 from files import InputError, one_writer
 from model import load_model
-from report import find_results
+from report import read_result, readable
 from reward import string_match
 
 RECORD = evaluation.Evaluation.record
@@ -82,6 +82,10 @@ def few(tmp_path):
     return {"data": tmp_path / "few.json"}
 
 
+def average(said):
+    return float(re.search(r"all +(\S+)", said)[1])
+
+
 def change(few, **keys):
     rows = [row | keys for row in rows_in(few["data"])]
     few["data"].write_text(json.dumps(rows))
@@ -93,10 +97,6 @@ def rows_in(out):
 
 def about(out):
     return json.loads(out.with_suffix(".meta").read_text())
-
-
-def average(said):
-    return float(re.search(r"average +(\S+)", said)[1])
 
 
 def share_right(rows):
@@ -231,8 +231,8 @@ def test_hidden_answers_are_written_for_the_server_and_a_runs_own_model_has_its_
     assert "hidden" in evaluate("", **few, model=tmp_path / "mine" / "model")
     out = tmp_path / "mine" / "eval" / "mmau-mini.real.json"
     assert all("model_output" in row for row in rows_in(out))
-    (result,) = find_results(tmp_path)  # the page's
-    assert result.place == ("mine", "mmau-mini", "real")
+    (result,) = readable(tmp_path.rglob("*.meta"), read_result, tmp_path)  # the page's
+    assert (result.run, result.bench, result.audio) == ("mine", "mmau-mini", "real")
 
 
 # ------------------------------------------------------------------------------------- what looks finished is

@@ -1,5 +1,6 @@
 """Laws of question generation: killed and failing = undisturbed, no id twice, nothing silent, no file but ours."""
 
+import argparse
 import collections
 import csv
 import json
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from chat_server import reply_of, serving
 from conftest import DATA
 from data import read_questions
 from files import append_rows, rows_of
-from gen_qa import PROMPT, Captions, parse_answer, prompt_for, question_row
+from gen_qa import PROMPT, parse_answer, prompt_for, question_row, read_captions
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-do-not-print-me"
@@ -56,17 +58,27 @@ def write_captions(path, count, columns=COLUMNS, *, first=0):
     return path
 
 
-def run_here(monkeypatch, capsys, *arguments):
-    """gen_qa.py's main in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["gen_qa.py", *map(str, arguments)])
-    code = 0
-    try:
-        gen_qa.main()
-    except SystemExit as end:
-        code = end.code
-    said = capsys.readouterr()
-    assert KEY not in said.out + said.err and "SECRET" not in said.out + said.err
-    return code, said.out, said.err
+def read(*captions, ids=None, columns=None):
+    return read_captions(argparse.Namespace(captions=captions, ids=ids, columns=columns))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run(captions, option...) is gen_qa.py's main in this process: (exit code, stdout, stderr)."""
+
+    def run(captions, *arguments, out="q.jsonl"):
+        arguments = ["--captions", captions, "--out", tmp_path / out, *arguments]
+        monkeypatch.setattr(sys, "argv", ["gen_qa.py", *map(str, arguments)])
+        code = 0
+        try:
+            gen_qa.main()
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        assert KEY not in said.out + said.err and "SECRET" not in said.out + said.err
+        return code, said.out, said.err
+
+    return run
 
 
 def without_tokens(path):
@@ -86,16 +98,8 @@ def test_fig_1_word_for_word():
 
 
 GOOD = {"question_text": "What\u2028is?", "multi_choice": ["a", "b\n", "c", "d"], "answer": 2}
-BAD = [
-    "",
-    "no",
-    "{" * 90_000,
-    '{"a":' * 90_000,
-    "{" + "[" * 90_000,
-    "{'a': 1}",
-    str(GOOD),
-    "{} " + json.dumps(GOOD),
-]
+BAD = ["", "no", "{" * 90_000, '{"a":' * 90_000, "{" + "[" * 90_000, "{'a': 1}", str(GOOD),
+       "{} " + json.dumps(GOOD)]  # fmt: skip
 CHANGES = [{"answer": 4}, {"answer": -1}, {"answer": True}, {"answer": None}, {"answer": "2"}, {"question_text": " "},
            {"multi_choice": ["a", "b", "c"]}, {"multi_choice": ["a", "A ", "c", "d"]}, {"multi_choice": 4},
            {"multi_choice": ["a", "", "c", "d"]}, {"multi_choice": [1, 2, 3, 4]}]  # fmt: skip
@@ -122,30 +126,26 @@ def test_the_right_answer_stands_at_each_place_a_quarter_of_the_time():
 # -------------------------------------------------------------------------------------------------- captions
 
 
-def test_the_published_tables_are_read_by_their_names_and_joined_by_id(tmp_path):
+def test_the_published_tables_are_read_by_their_names_and_joined_by_id(tmp_path, capsys):
     overall = write_captions(tmp_path / "VGGSound_AudioSetCaps_caption.csv", 40, ["id", "caption"])
     asked = ["id", "question_1", "answer_1", "question_2", "answer_2", "question_3", "answer_3"]
     answers = write_captions(tmp_path / "VGGSound_Qwen-Audio_Q&A.csv", 42, asked, first=2)
-    expected = {clip_name(i): captions_of(i) for i in range(2, 40)}
     for tables in ([overall, answers], [answers, overall]):
-        captions = Captions(tables, None, None)
-        assert dict(captions) == expected
-        assert sum(map(len, captions.left_out.values())) == 4  # 0, 1, 40 and 41 are in one table alone
+        assert read(*tables) == {clip_name(i): captions_of(i) for i in range(2, 40)}
+        assert "4 left out, without an overall caption or not in every table" in capsys.readouterr().out
     if DATA.exists():
-        ((name, texts), _) = Captions([DATA / "audiosetcaps_examples.jsonl"], None, None)
+        ((name, texts), _) = read(DATA / "audiosetcaps_examples.jsonl").items()
         assert name == "_7Xe9vD3Hpg_4_10"
         assert [text.split()[2] for text in texts] == ["instrumental", "starts", "but", "genre"]
 
 
-def test_other_columns_are_named_by_an_option_and_missing_ones_in_one_line(tmp_path, monkeypatch, capsys):
+def test_other_columns_are_named_by_an_option_and_missing_ones_in_one_line(tmp_path, run):
     path = tmp_path / "t.csv"
     path.write_text("clip,all,s,v,m\nx1234567890_30,A,B,C,D\n")
-    arguments = ["--captions", path, "--out", tmp_path / "q.jsonl", "--dry_run"]
-    code, _, said = run_here(monkeypatch, capsys, *arguments)
-    assert (
-        code == 2 and "t.csv has clip, all, s, v, m" in said and "--columns" in said and said.count("\n") == 1
-    )
-    code, said, _ = run_here(monkeypatch, capsys, *arguments, "--columns", "clip", "all", "s", "v", "m")
+    code, _, said = run(path, "--dry_run")
+    assert code == 2 and said.count("\n") == 1
+    assert "t.csv has clip, all, s, v, m" in said and "--columns" in said
+    code, said, _ = run(path, "--dry_run", "--columns", "clip", "all", "s", "v", "m")
     assert code == 0 and "A1: A\nA2: B\nA3: C\nA4: D\n" in said
 
 
@@ -154,15 +154,14 @@ NO_TABLE = [b"id,text\na_1,words\n", b"", b"id,caption,sound,speech,music\n", b"
             None]  # fmt: skip
 
 
-def test_a_table_that_is_none_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+def test_a_table_that_is_none_is_refused_in_one_line(tmp_path, run):
     path = tmp_path / "t.csv"
     for content in NO_TABLE:
         path.unlink(missing_ok=True)
         if content is not None:
             path.write_bytes(content)
-        code, _, said = run_here(monkeypatch, capsys, "--captions", path, "--out", tmp_path / "q.jsonl")
-        assert code == 2 and said.startswith("error: ") and said.count("\n") == 1
-        assert "t.csv" in said
+        code, _, said = run(path)
+        assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and "t.csv" in said
 
 
 def test_hostile_captions_cost_no_time(tmp_path):
@@ -170,12 +169,12 @@ def test_hostile_captions_cost_no_time(tmp_path):
         path = tmp_path / "c.jsonl"
         path.write_text(json.dumps(dict.fromkeys(["id", "caption", "sound", "speech", "music"], text)) + "\n")
         started = time.process_time()
-        assert len(list(Captions([path], path, None))) == 1
+        assert len(read(path, ids=path)) == 1
         assert time.process_time() - started < 1
 
 
 def test_ids_keep_the_clips_of_another_list_under_its_names(tmp_path):
-    captions = [write_captions(tmp_path / "c.csv", 10)]
+    captions = write_captions(tmp_path / "c.csv", 10)
     names = [clip_name(i) for i in range(10)]
     lists = {
         json.dumps([{"id": "q1", "video_name": f"{names[3][:11]}_3"}]): [f"{names[3][:11]}_3"],
@@ -184,90 +183,81 @@ def test_ids_keep_the_clips_of_another_list_under_its_names(tmp_path):
     }
     for text, kept in lists.items():
         (tmp_path / "ids").write_text(text)
-        assert [name for name, _ in Captions(captions, tmp_path / "ids", None)] == kept
+        assert list(read(captions, ids=tmp_path / "ids")) == kept
 
 
-def test_what_is_left_out_is_counted_and_named(tmp_path, monkeypatch, capsys):
+def test_what_is_left_out_is_counted_and_named(tmp_path, run):
     rows = [{"id": clip_name(i), "caption": "A" * (i > 7), "sound": "s", "speech": "t"} for i in range(22)]
     rows += [rows[9], {"caption": "no id"}]
     rows[0]["music"] = "u"
     path, ids = tmp_path / "c.jsonl", tmp_path / "ids.txt"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ids.write_text("".join(f"{clip_name(i)}\n" for i in range(20, 40)))
-    arguments = ["--captions", path, "--out", tmp_path / "q.jsonl", "--dry_run"]
-    _, said, _ = run_here(monkeypatch, capsys, *arguments)
+    _, said, _ = run(path, "--dry_run")
     assert f"8 left out, without an overall caption or not in every table: {clip_name(0)}, " in said
-    assert (
-        f"2 left out, without an id or met before: {clip_name(9)}, " in said and "14 clips, 14 to ask" in said
-    )
-    _, said, _ = run_here(monkeypatch, capsys, *arguments, "--ids", ids)
+    assert f"2 left out, without an id or met before: {clip_name(9)}, " in said
+    assert "14 clips, 14 to ask" in said
+    _, said, _ = run(path, "--dry_run", "--ids", ids)
     assert "18 left out, of --ids, without captions" in said and "2 clips, 2 to ask" in said
 
 
 # ----------------------------------------------------------------------------------------- runs, kills, files
 
 
-def test_a_disturbed_and_killed_run_gives_the_rows_of_an_undisturbed_one(
-    tmp_path, monkeypatch, capsys, kills=2, clips=100
-):
+@pytest.mark.parametrize("kills, clips", [(2, 100), pytest.param(20, 1000, marks=pytest.mark.slow)])
+def test_a_disturbed_and_killed_run_gives_the_rows_of_an_undisturbed_one(tmp_path, run, kills, clips):
     captions = write_captions(tmp_path / "c.csv", clips)
-    arguments = ["--captions", captions, "--workers", 8, "--keep_shortest", 7, "--out"]
+    options = ["--workers", 8, "--keep_shortest", 7, "--url"]
     with serving() as server:
-        assert run_here(monkeypatch, capsys, *arguments, tmp_path / "calm.jsonl", "--url", server.url)[0] == 0
+        assert run(captions, *options, server.url, out="calm.jsonl")[0] == 0
         paid = len(server.requests)
     out = tmp_path / "rough.jsonl"
     with serving(fail=0.3, latency=0.01) as server:
         server.ways.remove("hang")  # for a minute
         server.ways += ["nonsense"]
-        again = [*arguments, out, "--url", f"{server.url}?key=SECRET"]
-        for i in range(kills):
-            with open(tmp_path / f"said{i}", "w") as said:
+        options += [f"{server.url}?key=SECRET"]
+        again = ["--captions", captions, "--out", out, *options]
+        with open(tmp_path / "said", "w") as said:
+            for _ in range(kills):
+                have = len(rows_of(out))
                 job = subprocess.Popen(
                     [sys.executable, "gen_qa.py", *map(str, again)], cwd=ROOT, stdout=said, stderr=said
                 )
-            have = len(rows_of(out))
-            while job.poll() is None and len(rows_of(out)) < have + 15:
-                time.sleep(0.01)
-            job.send_signal(signal.SIGKILL)
-            job.wait()
+                while job.poll() is None and len(rows_of(out)) < have + 15:
+                    time.sleep(0.01)
+                job.send_signal(signal.SIGKILL)
+                job.wait()
         with open(out, "a") as file:
             file.write('{"id": "half a li')  # as a kill can leave it
-        code, said, error = run_here(monkeypatch, capsys, *again)
+        code, said, error = run(captions, *options, out=out)
         assert code == 0, error
         assert {key for _, key, _ in server.requests} == {f"Bearer {KEY}"}
         assert {body["max_tokens"] for _, _, body in server.requests} == {512}
         before = len(server.requests)
-        assert run_here(monkeypatch, capsys, *again)[0] == 0 and len(server.requests) == before
-        run_here(monkeypatch, capsys, *again, "--retry_rejected")
+        assert run(captions, *options, out=out)[0] == 0 and len(server.requests) == before
+        rough = rows_of(out) + rows_of(tmp_path / "rough.rejected.jsonl")
+        run(captions, *options, "--retry_rejected", out=out)
         assert len(server.requests) > before
-    made = clips - clips // 50
-    assert without_tokens(out) == without_tokens(tmp_path / "calm.jsonl") and len(read_questions(out)) == made
-    rejected = [
-        {row["id"] for row in rows_of(tmp_path / f"{run}.rejected.jsonl")} for run in ("calm", "rough")
-    ]
-    assert rejected[0] == rejected[1] == {clip_name(i) for i in range(49, clips, 50)}
-    files = [file.read_text() for file in tmp_path.iterdir()]
-    assert KEY not in "".join(files) and "SECRET" not in "".join(files)
+    assert without_tokens(out) == without_tokens(tmp_path / "calm.jsonl")
+    assert len(read_questions(out)) == clips - clips // 50
+    for name in ("calm", "rough"):
+        rejected = {row["id"] for row in rows_of(tmp_path / f"{name}.rejected.jsonl")}
+        assert rejected == {clip_name(i) for i in range(49, clips, 50)}
+    files = "".join(file.read_text() for file in tmp_path.iterdir())
+    assert KEY not in files and "SECRET" not in files
     # Tokens stand in the rows: what the calm run paid, and the sum that the rough one says after its kills.
     calm = rows_of(tmp_path / "calm.jsonl") + rows_of(tmp_path / "calm.rejected.jsonl")
     assert sum(row["tokens"][1] for row in calm) == 50 * paid
-    rough = rows_of(out) + rows_of(tmp_path / "rough.rejected.jsonl")
-    spent = sum(row["tokens"][1] for row in rough[: made + clips // 50])
-    assert f"{spent:,} out" in said
-    lengths = [len("".join([row["question_text"], *row["multi_choice"]])) for row in rows_of(out)]
-    kept = rows_of(tmp_path / "rough.shortest.jsonl")
-    assert [len("".join([row["question_text"], *row["multi_choice"]])) for row in kept] == sorted(lengths)[:7]
-
-
-@pytest.mark.slow
-def test_twenty_kills(tmp_path, monkeypatch, capsys):
-    test_a_disturbed_and_killed_run_gives_the_rows_of_an_undisturbed_one(
-        tmp_path, monkeypatch, capsys, kills=20, clips=1000
+    assert f"{sum(row['tokens'][1] for row in rough):,} out" in said
+    lengths, kept = (
+        [len("".join([row["question_text"], *row["multi_choice"]])) for row in rows_of(path)]
+        for path in (out, tmp_path / "rough.shortest.jsonl")
     )
+    assert kept == sorted(lengths)[:7]
 
 
-def test_a_hostile_reply_and_a_refusal_are_each_one_row_rejected(tmp_path, monkeypatch, capsys):
-    read = chat.ChatClient.read
+def test_a_hostile_reply_and_a_refusal_are_each_one_row_rejected(tmp_path, monkeypatch, run):
+    read_reply = chat.ChatClient.read
 
     def hostile(client, response):
         asked = response.request.body
@@ -279,82 +269,74 @@ def test_a_hostile_reply_and_a_refusal_are_each_one_row_rejected(tmp_path, monke
             response.status_code = 400
         elif b"number 5." in asked and client.answers > 3:
             raise ValueError("always broken, while others are answered")
-        return read(client, response)
+        return read_reply(client, response)
 
     monkeypatch.setattr(chat.ChatClient, "read", hostile)
-    out = tmp_path / "q.jsonl"
     with serving() as server:
-        arguments = ["--captions", write_captions(tmp_path / "c.csv", 20), "--out", out, "--url", server.url]
-        assert run_here(monkeypatch, capsys, *arguments)[0] == 0
+        assert run(write_captions(tmp_path / "c.csv", 20), "--url", server.url)[0] == 0
     rejected = {row["id"]: row["reason"] for row in rows_of(tmp_path / "q.rejected.jsonl")}
     assert {clip_name(i) for i in (2, 3, 4)} <= rejected.keys() <= {clip_name(i) for i in (2, 3, 4, 5)}
-    assert "more than" in rejected[clip_name(2)] and "HTTP 400" in rejected[clip_name(4)]
-    assert len(rows_of(out)) + len(rejected) == 20
+    assert "failed 13 times" in rejected[clip_name(2)] and "HTTP 400" in rejected[clip_name(4)]
+    assert len(rows_of(tmp_path / "q.jsonl")) + len(rejected) == 20
     assert (tmp_path / "q.rejected.jsonl").stat().st_size < 10_000
 
 
-def test_a_server_that_does_not_serve_stops_the_run_and_nothing_is_lost(tmp_path, monkeypatch, capsys):
+def test_a_server_that_does_not_serve_stops_the_run_and_nothing_is_lost(tmp_path, run):
     captions = write_captions(tmp_path / "c.csv", 300)
-    arguments = ["--captions", captions, "--out", tmp_path / "q.jsonl", "--url"]
-    code, _, said = run_here(monkeypatch, capsys, *arguments, "http://127.0.0.1:9/v1?key=SECRET")
+    code, _, said = run(captions, "--url", "http://127.0.0.1:9/v1?key=SECRET")
     assert code == 2 and "127.0.0.1:9/v1 failed 13 times" in said
-    assert "trying again until about" in said
     with serving(always=(401, {"error": f"unauthorized {KEY}"})) as server:
-        code, _, said = run_here(monkeypatch, capsys, *arguments, server.url, "--workers", 4)
+        code, _, said = run(captions, "--url", server.url, "--workers", 4)
         assert code == 2 and "HTTP 401" in said and "unauthorized" in said and len(server.requests) <= 8
         server.always = (400, {"error": "this model takes no messages"})
-        code, _, said = run_here(monkeypatch, capsys, *arguments, server.url)
+        code, _, said = run(captions, "--url", server.url)
         assert code == 2 and "takes no messages" in said and "--retry_rejected" in said
-        assert len(server.requests) <= 8 + 100 + 2 * 16
+        assert len(server.requests) <= 8 + 100 + 16
         server.always = None
-        assert run_here(monkeypatch, capsys, *arguments, server.url, "--retry_rejected")[0] == 0
-    assert (
-        len({row["id"] for row in rows_of(tmp_path / "q.jsonl")}) == len(rows_of(tmp_path / "q.jsonl")) == 294
-    )
+        assert run(captions, "--url", server.url, "--retry_rejected")[0] == 0
+    rows = rows_of(tmp_path / "q.jsonl")
+    assert len({row["id"] for row in rows}) == len(rows) == 294
 
 
-def test_dry_run_and_sample_write_nothing_and_no_foreign_file_is_touched(tmp_path, monkeypatch, capsys):
+def test_dry_run_and_sample_write_nothing_and_no_foreign_file_is_touched(tmp_path, run):
     out = tmp_path / "new" / "q.jsonl"
-    captions = write_captions(tmp_path / "c.csv", 50)
-    arguments = ["--captions", captions, "--out", out]
-    code, _, said = run_here(monkeypatch, capsys, *arguments, "--sample", 2)
+    run = partial(run, write_captions(tmp_path / "c.csv", 50), out=out)
+    code, _, said = run("--sample", 2)
     assert code == 2 and said.count("\n") == 1 and "q.jsonl: no questions to sample" in said
-    code, said, _ = run_here(
-        monkeypatch, capsys, *arguments, "--dry_run", "--price_in", 1000, "--price_out", 0
-    )
+    code, said, _ = run("--dry_run", "--price_in", 1000, "--price_out", 0)
     assert code == 0 and "50 clips, 50 to ask" in said and PROMPT in said and not out.parent.exists()
     assert 10 < float(re.search(r"price (\S+) dollars", said)[1]) < 40  # 50 prompts of about 400 tokens
-    _, said, _ = run_here(monkeypatch, capsys, *arguments, "--dry_run", "--price_in", 0, "--price_out", 1000)
-    assert float(re.search(r"price (\S+) dollars", said)[1]) == 3.0  # 50 answers of 60 tokens
+    _, said, _ = run("--dry_run", "--price_in", 0, "--price_out", 1000)
+    assert "3.00 dollars" in said  # 50 answers of 60 tokens
     out.parent.mkdir()
     append_rows(out, [question_row(clip_name(0), "What?", ["a", "b", "c", "d"], seed=0, tokens=[1, 2])])
     with open(out, "a") as file:
         file.write('{"id": "half a li')
     before = out.read_bytes()
-    assert "A4: There is no music" in run_here(monkeypatch, capsys, *arguments, "--sample", 2)[1]
-    assert "49 to ask" in run_here(monkeypatch, capsys, *arguments, "--dry_run")[1]
+    assert "A4: There is no music" in run("--sample", 2)[1]
+    assert "49 to ask" in run("--dry_run")[1]
     assert [path.read_bytes() for path in out.parent.iterdir()] == [before]
     avqa = {"id": 1, "video_name": "a", "question_text": "?", "multi_choice": ["a", "b"], "answer": 0}
     out.write_text(json.dumps(avqa))
     for mode in ([], ["--dry_run"]):
-        code, _, said = run_here(monkeypatch, capsys, *arguments, *mode)
+        code, _, said = run(*mode)
         assert code == 2 and "rows that are not ours" in said and out.read_text() == json.dumps(avqa)
 
 
-def test_one_writer_and_a_full_disk(tmp_path, monkeypatch, capsys):
+def test_one_writer_and_a_full_disk(tmp_path, monkeypatch, run):
     captions = write_captions(tmp_path / "c.csv", 30)
     out = tmp_path / "q.jsonl"
     with serving(latency=0.1) as server:
-        arguments = ["--captions", captions, "--out", out, "--url", server.url, "--workers", 1]
-        script = (
-            "import resource, gen_qa\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\ngen_qa.main()"
+        options = ["--url", server.url, "--workers", "1"]
+        full = (
+            "import resource, gen_qa; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); gen_qa.main()"
         )
-        command = [sys.executable, "-c", script, *map(str, arguments)]
+        command = [sys.executable, "-c", full, "--captions", captions, "--out", out, *options]
         first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         while not rows_of(out):
             time.sleep(0.01)
         monkeypatch.setattr(files.one_writer, "__defaults__", (0.1,))  # seconds of patience
-        code, _, second = run_here(monkeypatch, capsys, *arguments)
+        code, _, second = run(captions, *options)
         said = first.communicate()[1]
     assert code == 2 and f"held by process {first.pid}" in second
     assert first.returncode == 2 and "Traceback" not in said and 3 < len(rows_of(out)) < 15

@@ -1,9 +1,19 @@
-"""README is a front door: its commands give options that their programs have, its files are there, it is short."""
+"""README is a front door: its commands run, its files are there, it is short."""
 
+import importlib
+import json
 import re
+import shlex
+import signal
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from chat_server import serving
+from data import PLAIN
+from files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -16,9 +26,9 @@ def commands():
     for block in BLOCKS:
         for line in block.replace("\\\n", " ").splitlines():
             if re.search(r"\b(python|torchrun|srun)\b", line):
-                line = line.split("  #")[0]
+                line = line.split("  #")[0].rstrip("' ")  # srun's command is quoted
                 found += re.findall(r"\b((?:tests/)?\w+\.py)\b(.*)", line)
-    for inline in re.findall(r"`(python [^`\n]+)`", TEXT):
+    for inline in re.findall(r"`([^`\n]*python [^`\n]+)`", TEXT):
         found += re.findall(r"\b((?:tests/)?\w+\.py)\b(.*)", inline)
     return found
 
@@ -31,7 +41,7 @@ def test_enough_commands_are_looked_at():
 @pytest.mark.parametrize(("program", "arguments"), commands())
 def test_every_option_that_a_command_gives_exists(program, arguments):
     source = (ROOT / program).read_text()
-    known = re.findall(r"\badd(?:_argument)?\(\s*\"--(\w+)\"", source)
+    known = re.findall(r"\w\(\s*\"--(\w+)\"", source)
     given = re.findall(r"(?<!\S)--(\w+)", arguments)
     assert set(given) <= {*known, "help"}, f"{program}: {set(given) - set(known)}"
 
@@ -43,3 +53,65 @@ def test_it_is_short_and_every_file_that_it_lists_is_there():
     assert listed == {file.name for file in ROOT.glob("*.py")}
     for name in re.findall(r"\b\w+\.(?:html|sh)\b", files):
         assert (ROOT / name).exists(), name
+
+
+CHANGED = {  # what a command names, in the tiny world
+    "$M": "world",
+    "$C": "captions.csv",
+    "BENCH.real": "mmar.real",  # the benchmark that BENCH.json is
+    "--hold_out 200": "--hold_out 40",
+    "http://localhost:8000/v1/chat/completions": "URL",
+}
+SMALL = {  # options given after a command's own: the tiny model, and little of it
+    "train.py": "--steps 2 --batch 4 --max_new_tokens 4 --replicas 1 --cpu_offload off",
+    "evaluate.py": "--max_new_tokens 4",
+}
+
+
+@pytest.fixture
+def place(world, tmp_path, monkeypatch):
+    """A folder that holds what the README's commands name."""
+    links = {
+        "world": ".", "BASE": "model", "clips": "audio", "CLIPS": "audio", "a": "audio", "b": "audio",
+        "a.json": "train_qa.json", "mine.json": "mmau.json", "arc.jsonl": "arc.jsonl",
+        "train_qa.json": "train_qa.json", "captions.csv": "captions.csv", "data/avqa/audio": "audio",
+        "data/avqa/train_qa.json": "train_qa.json",
+    }  # fmt: skip
+    for name, target in links.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(world / target)
+    rows = [json.loads(line) for line in (world / "mmar.jsonl").read_text().splitlines()]
+    write_text(tmp_path / "BENCH.json", json.dumps(rows[:40]))
+    plain = [json.dumps({key: row[key] for key in json.loads(PLAIN)}) for row in rows]
+    for name in ("train_qa.jsonl", "b.jsonl"):
+        write_text(tmp_path / name, "\n".join(plain).replace("./audio/", ""))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_command_runs(place, monkeypatch, capsys):
+    """In the README's order, where a CPU and no network are enough: later ones read what earlier ones wrote."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    ran = 0
+    with serving() as server:
+        for program, line in commands():
+            if program == "fetch.py" or program.startswith("tests/"):  # test_fetch.py's, test_gpu.py's
+                continue
+            for old, new in (CHANGED | {"URL": server.url}).items():
+                line = line.replace(old, new)
+            options = [*shlex.split(line), *SMALL.get(program, "").split()]
+            if program == "train.py" and "--model" not in options:
+                options += ["--model", "BASE"]
+            monkeypatch.setattr(sys, "argv", [program, *options])
+            try:
+                code = importlib.import_module(program.removesuffix(".py")).main()
+            except SystemExit as end:
+                code = end.code
+            assert not code, f"{program} {line}: {capsys.readouterr().err[-2000:]}"
+            ran += 1
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.use_deterministic_algorithms(False)
+    assert ran >= 18
+    assert (place / "results/report.html").exists()

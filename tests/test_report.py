@@ -6,31 +6,22 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import report as report_module
-import weights
 from conftest import DATA
+from data import read_questions
 from files import InputError
-from report import (
-    PAPER,
-    TABLES,
-    bootstrap,
-    compare,
-    fields_of,
-    mcnemar,
-    read_predictions,
-    report,
-    score_questions,
-    summary_lines,
-    wilson,
-)
+from report import PAPER, bootstrap, compare, need, report, score_questions, split, summary_lines, wilson
 
 HERE = Path(__file__).resolve().parent
 HOSTILE = "What </script><script>alert(1)</script><img src=x onerror=alert(1)> \u2028 & is it?"
+CONFIG = {"model": "base-7B", "parameters": 8_900_000_000, "layout": "reshard", "steps": 100}
+CONFIG["format_weight"] = 0.0
 STEP = {"official": 0.5, "hedged": 0.0, "kl": 0.1, "entropy": 1.0, "frac_reward_zero_std": 0.5}
 
 
@@ -56,9 +47,11 @@ def write_run(folder, rows, name="eval/mmau-mini.real", **about):
     return path
 
 
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write_log(folder, rows, samples=()):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in (("log", rows), ("samples", samples)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
 
 
 def page_data(folder):
@@ -69,7 +62,7 @@ def page_data(folder):
 # ------------------------------------------------------------------------------------------------- statistics
 
 
-def test_intervals_cover_the_truth():
+def test_intervals_cover_the_truth(monkeypatch):
     assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, Table I
     rng = np.random.default_rng(0)
@@ -78,21 +71,13 @@ def test_intervals_cover_the_truth():
             right = rng.binomial(n, p, 4000)
             covered = np.mean([low <= p <= high for low, high in (wilson(k, n) for k in right)])
             assert least <= covered <= (0.97 if n >= 300 else 1.0), (n, p, covered)
+    monkeypatch.setattr(report_module, "RESAMPLED", 300)
     covered = []
-    for seed in range(250):  # averages over 3 orders of 300 questions of different difficulty
-        chance = np.random.default_rng(seed).beta(2, 2, 300)
-        values = np.random.default_rng([seed, 1]).binomial(3, chance) / 3
-        low, high = bootstrap(values, repeats=400, seed=seed)
+    for seed in range(150):  # averages over 3 orders of 100 questions of different difficulty
+        rng = np.random.default_rng(seed)
+        low, high = bootstrap(rng.binomial(3, rng.beta(2, 2, 100)) / 3)
         covered.append(low <= 0.5 <= high)
-    assert 0.92 <= np.mean(covered) <= 0.98  # 0.95 give or take 2 standard errors of 250 simulations
-
-
-def test_mcnemar_is_the_exact_binomial_test():
-    from scipy.stats import binomtest
-
-    for better, worse in ((0, 0), (3, 1), (10, 30), (200, 170)):
-        exact = binomtest(better, better + worse).pvalue if better + worse else 1.0
-        assert mcnemar(better, worse) == pytest.approx(exact)
+    assert 0.91 <= np.mean(covered) <= 0.99  # 0.95 give or take 2 standard errors of 150 simulations
 
 
 def test_the_papers_numbers_are_the_papers():
@@ -100,12 +85,14 @@ def test_the_papers_numbers_are_the_papers():
     if not paper.exists():
         pytest.skip(f"the paper is not at {paper}")
     text = re.sub(r"</?[a-z]+>|\*\*", "", paper.read_text())
-    for table, _, benches, heard, groups in fields_of(TABLES):
-        body = text[text.index(f"\nTABLE {table}\n") :].split("\n\n")[1]
-        width = len(benches.split()) * len(heard.split()) * len(groups.split())
+    for title, table in PAPER.items():
+        name = title.split()[1].strip(":")
+        body = text[text.index(f"\nTABLE {name}\n") :].split("\n\n")[1]
+        head, *rows = [line.split(" | ") for line in table.strip().splitlines()]
+        width = len(head[3].split(", "))
         published = [re.findall(r"\t(-|\d+\.\d)(?=\t|$)", line) for line in body.splitlines()]
         published = [row[-width:] for row in published if set(row) - {"-"}]
-        ours = [row[3].split() for row in fields_of(PAPER[table])]
+        ours = [row[3].split() for row in rows]
         assert [row for row in ours if set(row) != {"-"}] == published
         assert {len(row) for row in ours} == {width}
 
@@ -129,14 +116,14 @@ def test_each_format_is_scored_by_its_own_groups(tmp_path, form):
     for i, said in enumerate(["dog", "cat", "dog", "", "the dog"]):
         rows.append({"id": f"{i}", "question": "What is it?"} | form | {"model_prediction": said})
     path = write_run(tmp_path, rows)
-    scores = score_questions(read_predictions(path))
+    scores = score_questions(read_questions(path))
     columns = set(report_module.GROUPS.split()) & form.keys()
     for column in columns:
         group = "Reasoning" if form[column] == ["Reasoning"] else form[column]
-        assert scores[column, group] == scores["all", "all"] == (0.6, *wilson(3, 5), 5)
+        assert scores[f"{column}: {group}"] == scores["all"] == (0.6, *wilson(3, 5), 5)
     assert columns and len(scores) == 1 + len(columns)
     lines = summary_lines(path)
-    assert lines[0].startswith("average") and "n = 5" in lines[0] and "1 of 5 answers are empty" in lines[-1]
+    assert lines[0].startswith("all") and "n = 5" in lines[0] and "1 of 5 answers are empty" in lines[-1]
 
 
 def test_orders_count_by_their_share(tmp_path):
@@ -145,8 +132,8 @@ def test_orders_count_by_their_share(tmp_path):
         row["order_predictions"] = ["dog", "cat"]
     rows[0] |= {"order_predictions": ["", ""], "model_prediction": ""}
     path = write_run(tmp_path, rows)
-    assert score_questions(read_predictions(path))["all", "all"][0] == pytest.approx(7 / 16)
-    assert "same way in all orders: 12.5" in "\n".join(summary_lines(path))
+    assert score_questions(read_questions(path))["all"][0] == pytest.approx(7 / 16)
+    assert "same way in all 2 orders: 1 of 8" in "\n".join(summary_lines(path))
 
 
 def test_the_program_needs_no_torch_and_says_what_is_wrong_in_one_line(tmp_path):
@@ -160,7 +147,7 @@ def test_the_program_needs_no_torch_and_says_what_is_wrong_in_one_line(tmp_path)
         (lambda: compare(before, write_run(tmp_path, mmau_rows(39), "c")), "not of the same questions"),
         (lambda: compare(write_run(tmp_path, hidden, "d"), before), "hide their answers"),
         (lambda: summary_lines(tmp_path / "d.json"), "no right answers"),
-        (lambda: summary_lines(write_run(tmp_path, plain, "e")), "without predictions"),
+        (lambda: summary_lines(write_run(tmp_path, plain, "e")), "has no prediction"),
         (lambda: report(tmp_path / "nothing"), "no predictions"),
     ):
         with pytest.raises(InputError, match=words):
@@ -170,26 +157,127 @@ def test_the_program_needs_no_torch_and_says_what_is_wrong_in_one_line(tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+# ------------------------------------------------------------------------------------ does it need the audio?
+
+KINDS = ["needs", "needs", "needs", "text", "text", "misleads", "neither"]  # of questions, in turn
+RIGHT = {"needs": (1, 0), "text": (1, 1), "misleads": (0, 1), "neither": (0, 0)}  # with the clip, without
+
+
+@pytest.fixture
+def answered(tmp_path, monkeypatch):
+    """MMAU's real questions answered with the clip and without: {name: path}."""
+    if not DATA.exists():
+        pytest.skip(f"real questions are not at {DATA}")
+    monkeypatch.setattr(report_module, "RESAMPLED", 200)
+    rows = json.loads((DATA / "mmau-test-mini-original.json").read_text())
+    paths = {}
+    for place, audio in enumerate(("real", "silence")):
+        said = []
+        for i, row in enumerate(rows):
+            right = RIGHT[KINDS[i % 7]][place]
+            said.append(row | {"model_prediction": row["answer"] if right else "cannot tell"})
+        paths[audio] = write_run(tmp_path, said, audio, audio=audio)
+        for row in said:
+            row["order_predictions"] = [row["model_prediction"], "cannot tell"]
+        paths[f"{audio} twice"] = write_run(tmp_path, said, f"{audio}-twice", audio=audio, orders=2)
+    return rows, paths
+
+
+def test_which_questions_need_the_audio_is_counted(answered):
+    rows, paths = answered
+    lines = need(paths["real"], paths["silence"])
+    for column in ("task", "difficulty"):
+        for group in {row[column] for row in rows}:
+            ours = [KINDS[i % 7] for i, row in enumerate(rows) if row[column] == group]
+            counts = [100 * ours.count(kind) / len(ours) for kind in RIGHT]
+            real, silent = counts[0] + counts[1], counts[1] + counts[2]
+            line = next(line for line in lines if line.startswith(f"{column}: {group} "))
+            found = [float(number) for number in re.findall(r"\d+\.\d", line)]
+            hand = [real, silent, 100 * silent / real, *found[3:5], *counts]
+            assert found == pytest.approx(hand, abs=0.051) and line.endswith(f" n = {len(ours)}")
+            assert found[3] < found[2] < found[4]
+    average = re.findall(r"\d+\.\d", lines[1])  # 1,000 = 143 x 7 - 1, and the last kind is neither
+    assert average[:3] == ["71.5", "42.9", "60.0"] and average[5:] == ["42.9", "28.6", "14.3", "14.2"]
+    twice = need(paths["real twice"], paths["silence twice"])  # the second order is never right
+    assert re.findall(r"\d+\.\d", twice[1])[:3] == ["35.8", "21.4", "60.0"]
+    alike = "answered the same way in all 2 orders"
+    assert twice[-2:] == [f"{alike}: 285 of 1000", f"{alike}: 571 of 1000"]
+
+
+def test_questions_are_split_by_how_often_they_were_answered_right(answered, tmp_path, monkeypatch, capsys):
+    rows, paths = answered
+    chance = sum(1 / len(row["choices"]) for row in rows)
+    for names, kinds in (
+        (["silence"], {"never": ("needs", "neither"), "sometimes": (), "always": ("text", "misleads")}),
+        (
+            ["real", "silence"],
+            {"never": ("neither",), "sometimes": ("needs", "misleads"), "always": ("text",)},
+        ),
+    ):
+        lines = split([paths[name] for name in names], tmp_path / "parts")
+        for part, those in kinds.items():
+            kept = (tmp_path / "parts" / f"{part}.jsonl").read_text().splitlines()
+            assert list(map(json.loads, kept)) == [row for i, row in enumerate(rows) if KINDS[i % 7] in those]
+            assert f"{len(kept)} {part}" in lines[0]
+        assert f"guessing alone would put {chance:.0f} into" in lines[0] or len(names) == 2
+    assert len(read_questions(tmp_path / "parts" / "never.jsonl")) == 142
+    monkeypatch.setattr(
+        "sys.argv", ["report.py", "--split", str(paths["silence twice"]), "--out", str(tmp_path)]
+    )
+    report_module.main()
+    assert "right 571 never, 429 sometimes, 0 always" in capsys.readouterr().out
+
+
+def test_need_and_split_refuse_what_they_cannot_compare(tmp_path, caplog):
+    write = partial(write_run, tmp_path)
+    real = write(mmau_rows(), "real")
+    silent = write(mmau_rows(), "silent", audio="silence")
+    hidden = [{**row, "answer": ""} for row in mmau_rows()]
+    for other, words in (
+        (write(mmau_rows(), "b", audio="none", bench="mmar"), "asked alike"),
+        (write(mmau_rows(), "m", audio="none", model="other"), "asked alike"),
+        (real, "with the clip and without"),
+        (write(mmau_rows(39), "q", audio="none"), "not of the same questions"),
+        (write(mmau_rows(), "u", audio="none", unanswered={"q1": "no clip"}), "not of the same questions"),
+        (write(hidden, "h", audio="none"), "hide their answers"),
+        (tmp_path / "no.json", "no.meta: not what evaluate.py wrote: cannot read"),
+    ):
+        with pytest.raises(InputError, match=words):
+            need(real, other)
+    with pytest.raises(InputError, match="with the clip and without"):
+        need(silent, real)
+    with pytest.raises(InputError, match="hide their answers"):
+        split([tmp_path / "h.json"], tmp_path)
+    split([tmp_path / "u.json"], tmp_path)
+    assert (
+        "1 questions have no answer" in caplog.text and '"q1"' not in (tmp_path / "always.jsonl").read_text()
+    )
+
+
 # ----------------------------------------------------------------------------------------------- the folder
 
 
 def test_ours_stands_beside_the_papers_number(tmp_path):
     rows = mmau_rows(right=lambda i: True)
-    for run in ("base-omni", "qwen2audio-r1aqa", "omni-avqa-lora", "mine"):
+    for run in ("base-omni", "qwen2audio-r1aqa", "mine"):
         write_run(tmp_path / run, rows, model="tiny" if run == "mine" else "base-7B")
-    write_run(tmp_path / "omni-avqa", rows, "eval/mmau-mini.none", audio="none")
+    half = mmau_rows(right=lambda i: i < 20)
+    for audio, heard in (("none", rows), ("silence", half)):
+        write_run(tmp_path / "base-omni", heard, f"eval/mmau-mini.{audio}", audio=audio)
     write_run(tmp_path / "omni-avqa", [{**row, "answer": ""} for row in rows])
     text = report(tmp_path)
     assert text == (tmp_path / "report.md").read_text()
     low, high = (100 * end for end in wilson(40, 40))
     ours = f"**100.0 [{low:.1f}, {high:.1f}]**"
-    for paper in ("65.9", "65.6", "51.7"):  # reproduced, R1-AQA, and Table IV's AVQA asked without audio
+    for paper in ("65.9", "65.6", "49.3"):  # reproduced, R1-AQA, and Table IV's base asked without audio
         assert f"{ours} ({paper})" in text
-    assert "answers hidden (68.6)" in text and "AudioMCQ" not in text
-    for method in ("Omni-R1 (AVQA), LoRA (not in the paper)", "R1-AQA [7]"):
-        assert re.search(rf"\| {re.escape(method)} \| \*\*100", text)
-    assert f"| mine | mmau-mini | real | {ours} |" in text
-    assert text.index("### Table I:") < text.index("### Table IV") < text.index("### All runs")
+    assert "answers hidden (68.6)" in text and "| omni-avqa | mmau-mini | answers hidden |" in text
+    assert f"| mine | mmau-mini | {ours} |" in text
+    kept = re.search(
+        r"\| base-omni \| .* \| silence 50.0 \[(.*), (.*)\]; none 100.0 \[100.0, 100.0\] \|", text
+    )
+    assert 30 < float(kept[1]) < 45 and 55 < float(kept[2]) < 70  # 20 of 40: 50 give or take 2 x 7.9
+    assert text.index("### Table I:") < text.index("### Table IV") < text.index("### Does it listen?")
     assert re.findall(r"\*\*(.*) is tiny, of unknown parameters: not the paper's", text) == ["mine"]
 
 
@@ -201,18 +289,19 @@ def test_a_broken_neighbour_costs_itself_alone(tmp_path, caplog):
     for i, text in enumerate(("", "[]", "null", '{"bench": 1}', '{"bench', "[" * 3000)):
         write_run(tmp_path / f"foreign{i}", mmau_rows()).with_suffix(".meta").write_text(text)
     write_run(tmp_path / "cut", mmau_rows()).write_text('[{"id"')
-    write_lines(tmp_path / "other" / "log.jsonl", [{"step": "x", "reward": {}}])
+    write_log(tmp_path / "other", [{"step": 1}])
+    (tmp_path / "other" / "config.json").write_text("{}")
     name = os.path.join(os.fsencode(tmp_path), b"name\xff|")
     os.makedirs(name)
     write_run(Path(os.fsdecode(name)), mmau_rows())
-    write_lines(tmp_path / "good" / "log.jsonl", [{"step": i, "reward": i / 9} for i in range(1, 9)])
+    write_log(tmp_path / "good", [{"step": i, "reward": i / 9} for i in range(1, 9)])
     with open(tmp_path / "good" / "log.jsonl", "a") as file:
         file.write('{"step": 9, "re')
-    for folder in ("a", "b"):
-        write_run(tmp_path / folder, mmau_rows(), "p")  # two of one name: both appear
+    for place in ("a", "b"):
+        write_run(tmp_path / place, mmau_rows(), "p")  # two of one name: both appear
     text = report(tmp_path)
-    shown = re.findall(r"^\| (\S+) \| mmau-mini \| real \| \*\*75.0 \[", text, re.M)
-    assert sorted(shown) == ["b/p.json", "good", "name?\\|", "p"]
+    shown = re.findall(r"^\| (\S+) \| mmau-mini \| \*\*75.0 \[", text, re.M)
+    assert sorted(shown) == ["a/p", "b/p", "good", "name?\\|"]
     left_out = " ".join(record.getMessage() for record in caplog.records)
     for name in ("unfinished", "foreign0", "foreign5", "cut", "other"):
         assert name in left_out and name not in text
@@ -229,10 +318,7 @@ def test_nothing_in_the_data_ends_the_slot_or_stands_for_it(tmp_path):
     }
     for run in ("DATA", "\\g<1>", "<script>"):
         write_run(tmp_path / run, rows)
-        write_lines(tmp_path / run / "log.jsonl", [{"step": 1}])
-        write_lines(
-            tmp_path / run / "samples.jsonl", [{"step": 1, "question": HOSTILE, "responses": [HOSTILE]}]
-        )
+        write_log(tmp_path / run, [{"step": 1}], [{"step": 1, "question": HOSTILE, "responses": [HOSTILE]}])
     report(tmp_path)
     page = (tmp_path / "report.html").read_text()
     template = report_module.TEMPLATE.read_text()
@@ -246,39 +332,22 @@ def test_nothing_in_the_data_ends_the_slot_or_stands_for_it(tmp_path):
 
 
 def test_clips_are_found_from_the_page_and_it_stays_small(tmp_path):
-    name = os.fsdecode(b"caf\xe9 #1?.wav")
-    sample = {
-        "question": "What?" * 9,
-        "choices": ["dog"] * 4,
-        "responses": ["dog" * 60] * 4,
-        "audio": str(tmp_path / "clips" / name),
-    }
-    run = tmp_path / "results" / "run"
+    clip = os.path.join(tmp_path, "clips", os.fsdecode(b"caf\xe9 #1?.wav"))
+    sample = {"question": "What?" * 9, "choices": ["dog"] * 4, "responses": ["dog" * 60] * 4, "audio": clip}
     rows = mmau_rows(1000)
     rows[1]["raw_output"] = "<think>" + "It barks. " * 200 + "</think><answer>dog</answer>"
-    write_run(run, rows, audio_dir=str(tmp_path / "clips"))
-    write_lines(run / "samples.jsonl", [sample | {"step": i} for i in range(1, 2001)])
-    write_lines(run / "log.jsonl", [STEP | {"step": i, "seconds_wait": 0.25} for i in range(2000)])
+    write_run(tmp_path / "results" / "run", rows, audio_dir=str(tmp_path / "clips"))
+    log = [STEP | {"step": i, "seconds_wait": 0.25} for i in range(1, 2001)]
+    write_log(tmp_path / "results" / "run", log, [sample | row for row in log])
     report(tmp_path / "results")
     data = page_data(tmp_path / "results")
-    samples = data["runs"]["run"]["samples"]
-    assert samples[0]["audio"] == "../clips/caf%E9%20%231%3F.wav" and samples[-1]["step"] == 2000
-    assert 100 <= len(samples) <= 200 and data["runs"]["run"]["seconds"] == 500
-    assert data["questions"]["mmau-mini"]["q0"]["audio"].startswith("../clips/")
-    assert data["results"][0]["said"][1][1].endswith("It barks. </think><answer>dog</answer>")
+    run = data["runs"]["run"]
+    assert run["samples"][0]["audio"] == "../clips/caf%E9%20%231%3F.wav" and run["seconds"] == 500
+    assert 100 <= len(run["samples"]) <= 200 and run["samples"][-1]["step"] == 2000
+    questions = data["questions"]["mmau-mini"]
+    assert questions["q0"]["audio"].startswith("../clips/")
+    assert questions["q1"]["said"]["0"][0].endswith("It barks. </think><answer>dog</answer>")
     assert (tmp_path / "results" / "report.html").stat().st_size < 1_000_000
-
-
-def test_scores_go_into_the_model_card_once(tmp_path):
-    write_run(tmp_path / "run", mmau_rows())
-    card = tmp_path / "run" / "model" / "README.md"
-    card.parent.mkdir()
-    card.write_text(f"# A model\n\n{weights.SCORES_HERE}\n\n## Recipe\n")
-    report(tmp_path)
-    first = card.read_text()
-    report(tmp_path)
-    assert card.read_text() == first and first.count("| run | mmau-mini | real | **75.0 [") == 1
-    assert first.startswith(f"# A model\n\n{weights.SCORES_HERE}\n") and first.endswith("\n\n## Recipe\n")
 
 
 # ------------------------------------------------------------------------------------------------- the page
@@ -311,65 +380,51 @@ def test_the_template_opens_by_itself_with_sample_data():
     assert "Sample data" in words(page["about"]) and len(elements(page["curve-panels"], "svg")) == 5
     for name in ("cards", "table-list", "group-table", "sample", "list"):
         assert len(words(page[name])) > 50, name
-    assert "the reward moved by" in words(page["cards"])
+    assert "reward and score part" in words(page["cards"])
 
 
 def test_the_first_screen_says_whether_each_run_worked(tmp_path):
     """Cards: base -> trained and whether chance explains it, does it listen, and what is not healthy."""
-    about = {"model": "base-7B", "parameters": 8_900_000_000, "layout": "reshard", "steps": 100}
     steps = [STEP | {"step": i, "reward": 0.5, "seconds_update": 36.0} for i in range(1, 101)]
-    runs = {"good": {}, "gamed": {}, "deaf": {"frac_reward_zero_std": 1.0}, "leaps": {}}
-    for run, more in runs.items():
-        write_lines(tmp_path / run / "log.jsonl", [step | more for step in steps])
-        (tmp_path / run / "config.json").write_text(json.dumps(about))
-    write_lines(tmp_path / "gamed" / "log.jsonl", [step | {"reward": step["step"] / 100} for step in steps])
-    write_lines(
-        tmp_path / "leaps" / "log.jsonl",
-        [step | {"kl": 27.9} if step["step"] == 7 else step for step in steps],
-    )
+    logs = {"good": steps, "gamed": [step | {"reward": step["step"] / 100} for step in steps]}
+    logs["deaf"] = [step | {"frac_reward_zero_std": 1.0} for step in steps]
+    logs["leaps"] = [*steps[:6], steps[6] | {"kl": 27.9}, *steps[7:]]
+    for run, log in logs.items():
+        write_log(tmp_path / run, log)
     write_run(tmp_path / "a-decoy", mmau_rows(), model="another-7B")  # nobody's base
     write_run(tmp_path / "base-omni", mmau_rows(right=lambda i: i < 10))
-    write_run(tmp_path / "good", mmau_rows(right=lambda i: 5 <= i < 30), model="good/model")
-    write_run(
-        tmp_path / "good", mmau_rows(right=lambda i: i < 20), "eval/none", audio="none", model="good/model"
-    )
-    write_run(tmp_path / "gamed", mmau_rows(right=lambda i: i < 11), model="gamed/model")
+    write_run(tmp_path / "good", mmau_rows(right=lambda i: 5 <= i < 30), model="good")
+    write_run(tmp_path / "good", mmau_rows(right=lambda i: i < 20), "eval/none", audio="none", model="good")
+    write_run(tmp_path / "gamed", mmau_rows(right=lambda i: i < 11), model="gamed")
     report(tmp_path)
-    cards = {
-        words(card[2]): words(card)
-        for card in elements(drawn(tmp_path / "report.html")["cards"], "div")
-        if card[1].get("class") == "card"
-    }
-    assert set(cards) == {*runs, "a-decoy"}  # the base stands on the others'
-    assert (
-        "8.9B parameters · step 100 of 100 · 1.0 h · reshard" in cards["good"] and "healthy" in cards["good"]
-    )
+    cards = {}
+    for card in elements(drawn(tmp_path / "report.html")["cards"], "div"):
+        if card[1].get("class") == "card":
+            cards[words(card[2])] = words(card)
+    assert set(cards) == {*logs, "a-decoy"}  # the base stands on the others'
+    assert "8.9B parameters · step 100 of 100 · 1.0 h · reshard" in cards["good"]
+    assert [run for run in logs if "healthy" in cards[run]] == ["good"]
     assert re.search(r"25\.0 →  62\.5 .* \+37\.5 \[.*\], better, 0 lies outside", cards["good"])
     assert "with audio 62.5; none 50.0, keeps 80 %" in cards["good"]
     assert "0 lies within: it may be chance" in cards["gamed"]
-    assert "reward moved by +80.0 points, the official score by 0.0" in cards["gamed"]
-    assert "in 100 steps in a row no group's rewards differ" in cards["deaf"]
+    assert "reward and score part" in cards["gamed"]
+    assert "in 10 steps no group's rewards differ" in cards["deaf"]
     assert "leaps to 27.9 at step 7" in cards["leaps"]
-    assert sum("healthy" in text for text in cards.values()) == 1
-    text = (tmp_path / "report.md").read_text()
-    assert "| gamed | 0.105 → 0.905 | 0.500 → 0.500 | 0.000 → 0.000 | 0.100 → 0.100 |  |" in text
 
 
 def test_the_page_draws_tables_curves_samples_and_questions(tmp_path):
     rows = mmau_rows(250)
     rows[0]["question"] = HOSTILE
     write_run(tmp_path / "base-omni", rows)
-    after = mmau_rows(250, right=lambda i: i % 2 == 0)[1:] + rows[:1]
+    after = rows[:1] + mmau_rows(250, right=lambda i: i % 2 == 0)[1:]
     write_run(tmp_path / "omni-avqa", after, model="omni-avqa/model")
     steps = [STEP | {"step": i, "reward": 0.5} for i in range(1, 200)]
     steps.append({"step": 100, "eval_accuracy": 0.6, "eval_low": 0.5, "eval_high": 0.7})
-    write_lines(tmp_path / "omni-avqa" / "log.jsonl", steps)
-    (tmp_path / "omni-avqa" / "config.json").write_text('{"model": "base-7B"}')
     sample = {"id": "a", "question": HOSTILE, "choices": ["<b>", "cat"], "answer": "<b>", "audio": "x.wav"}
     sample |= {"responses": ["<i>", "cat"], "rewards": [1.0, 0.0], "advantages": [0.7, -0.7]}
     samples = [sample | {"step": i} for i in range(1, 6)]
     samples[0] = samples[0] | {"rewards": [0.0, 0.0]}  # teaches nothing
-    write_lines(tmp_path / "omni-avqa" / "samples.jsonl", samples)
+    write_log(tmp_path / "omni-avqa", steps, samples)
     report(tmp_path)
 
     page = drawn(tmp_path / "report.html")
@@ -386,15 +441,13 @@ def test_the_page_draws_tables_curves_samples_and_questions(tmp_path):
 
     page = drawn(
         tmp_path / "report.html",
-        ("sample-slider", "value", "1", "oninput"),
+        ("sample-slider", "value", "3", "oninput"),
+        ("words", "value", "it, 1", "oninput"),
         ("group", "value", "task: sound", "onchange"),
         ("show", "value", "wrong, right", "onchange"),
     )
-    assert words(page["sample-step"]) == "step 2, question a"
-    assert words(page["count"]).startswith(f"{sum(i % 12 == 0 for i in range(1, 250))} of 250")
-    page = drawn(
-        tmp_path / "report.html", ("show", "value", "", "onchange"), ("more", "hidden", False, "onclick")
-    )
+    assert words(page["sample-step"]) == "step 4, question a"
+    mended = [i for i in range(1, 250) if i % 12 == 0 and str(i).startswith("1")]
+    assert words(page["count"]).startswith(f"{len(mended)} of 250")
+    page = drawn(tmp_path / "report.html", ("show", "value", "", "onchange"), ("more", "id", "", "onclick"))
     assert words(page["count"]) == "250 of 250, 200 shown" and HOSTILE in words(page["list"])
-    page = drawn(tmp_path / "report.html", ("words", "value", "it, 17?", "oninput"))
-    assert words(page["count"]) == "1 of 250, 1 shown"

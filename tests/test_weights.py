@@ -6,10 +6,9 @@ import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForMultimodalLM,
     Qwen2_5OmniConfig,
     Qwen2_5OmniForConditionalGeneration,
     Qwen2_5OmniThinkerForConditionalGeneration,
@@ -20,7 +19,7 @@ import weights
 from data import Question
 from files import InputError
 from model import load_model
-from weights import SCORES_HERE, find_model
+from weights import find_model
 
 QUESTION = Question("1", "What sounds?", ("dog", "bird"), "dog", None, {})
 
@@ -115,7 +114,6 @@ def test_a_whole_base_gives_a_whole_model_that_everything_loads(whole, tmp_path)
         elif not name.startswith("thinker."):
             assert torch.equal(value, base[name]), name
     assert theirs.speaker_map.keys() == {"Ethan"}
-    assert isinstance(AutoModelForMultimodalLM.from_pretrained(saved), Qwen2_5OmniForConditionalGeneration)
     assert torch.equal(score(load_model(saved)), score(lm))
 
     mapped = set()
@@ -136,6 +134,13 @@ def test_a_whole_base_gives_a_whole_model_that_everything_loads(whole, tmp_path)
     assert mapped == expected
 
 
+def loaded(cls, folder):
+    """The folder in transformers' own class, which must miss nothing and find nothing that it does not know."""
+    theirs, info = cls.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return theirs
+
+
 def test_the_thinkers_own_layout_gives_the_thinkers_and_each_weight_keeps_the_bases_dtype(whole, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
@@ -152,10 +157,7 @@ def test_the_thinkers_own_layout_gives_the_thinkers_and_each_weight_keeps_the_ba
     lm = changed(base)
     lm.save(tmp_path / "saved")
     assert shapes(tmp_path / "saved") == shapes(base)
-    theirs, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-        tmp_path / "saved", output_loading_info=True
-    )
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    theirs = loaded(Qwen2_5OmniThinkerForConditionalGeneration, tmp_path / "saved")
     assert torch.equal(theirs.lm_head.weight.bfloat16(), lm.model.lm_head.weight.bfloat16())
     assert (score(load_model(tmp_path / "saved")) - score(lm)).abs().max() <= 0.1  # rounded
 
@@ -164,33 +166,22 @@ def test_qwen2_audio_loads_where_its_base_did(world_qwen2audio, tmp_path):
     lm = changed(world_qwen2audio / "model")
     lm.save(tmp_path / "saved")
     assert shapes(tmp_path / "saved") == shapes(world_qwen2audio / "model")
-    theirs, info = Qwen2AudioForConditionalGeneration.from_pretrained(
-        tmp_path / "saved", output_loading_info=True
-    )
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     state = lm.model.state_dict()
-    for name, value in theirs.state_dict().items():
+    for name, value in loaded(Qwen2AudioForConditionalGeneration, tmp_path / "saved").state_dict().items():
         assert torch.equal(value, state[name]), name
 
 
-@pytest.mark.parametrize("twice", [False, True])
-def test_tied_embeddings_are_one_parameter_loaded_and_saved(twice, world, tmp_path):
+def test_tied_embeddings_are_one_parameter_loaded_and_saved(world, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(world / "model", base)
     edit("config.json", thinker_config__tie_word_embeddings=True)(base)
     edit("config.json", thinker_config__text_config__tie_word_embeddings=True)(base)
-    with pytest.raises(InputError, match="tie_word_embeddings is true, but thinker.lm_head.weight"):
+    with pytest.raises(InputError, match="a weight thinker.lm_head.weight, for which"):
         load_model(base)
-    kept = tensors(base)
-    head = kept.pop("thinker.lm_head.weight")
-    if twice:  # as some files hold them
-        kept["thinker.lm_head.weight"] = kept["thinker.model.embed_tokens.weight"].clone()
-        assert head.shape == kept["thinker.lm_head.weight"].shape
-    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    rewrite(lambda content: content.pop("thinker.lm_head.weight"))(base)
     lm = changed(base)
     table = lm.model.model.language_model.embed_tokens.weight
     assert lm.model.lm_head.weight is table
-    assert not any("lm_head" in name for name, _ in lm.model.named_parameters())
     score(lm).sum().backward()
     assert table.grad.abs().sum() > 0
     lm.save(tmp_path / "saved")
@@ -200,67 +191,32 @@ def test_tied_embeddings_are_one_parameter_loaded_and_saved(twice, world, tmp_pa
     assert torch.equal(theirs.lm_head.weight, table)
 
 
-def test_without_audio_the_audio_side_is_not_loaded_but_saved(whole, tmp_path):
+def test_without_audio_the_audio_side_is_not_loaded_but_saved_with_a_card(whole, tmp_path):
     deaf = load_model(whole, audio=False)
     assert not any("audio_tower" in name for name, _ in deaf.named_parameters())
-    deaf.save(tmp_path / "saved")
+    settings = {"model": "Qwen/Qwen2.5-Omni-7B", "data": ["\udcff.json"], "lr": 1e-6, "out": "\udcff"}
+    deaf.save(tmp_path / "saved", settings)
     base = tensors(whole)
     for name, value in tensors(tmp_path / "saved").items():
         assert torch.equal(value, base[name]), name
-
-
-def test_what_merges_into_the_weights_is_saved_merged(whole, tmp_path):
-    lm = load_model(whole)
-    lm.merged = lambda name, weight: weight + 1 if name.endswith("0.self_attn.q_proj.weight") else weight
-    lm.save(tmp_path / "saved")
-    base = tensors(whole)
-    moved = [
-        name for name, value in tensors(tmp_path / "saved").items() if not torch.equal(value, base[name])
-    ]
-    assert sorted(moved) == [
-        "thinker.audio_tower.layers.0.self_attn.q_proj.weight",
-        "thinker.model.layers.0.self_attn.q_proj.weight",
-    ]
-
-
-def test_the_card_names_what_was_given(world, tmp_path):
-    lm = load_model(world / "model")
-    card = {
-        "base": "Qwen/Qwen2.5-Omni-7B",
-        "data": ["data/\udcff.json"],
-        "steps": 3,
-        "settings": {"lr": 1e-6},
-    }
-    lm.save(tmp_path / "saved", card=card)
     text = (tmp_path / "saved" / "README.md").read_text()
     assert 'base_model: "Qwen/Qwen2.5-Omni-7B"' in text.split("---")[1]
-    assert "- steps: 3" in text and "- lr: `1e-06`" in text and "data/?.json" in text
-    assert text.rstrip().endswith(SCORES_HERE)  # where report.py puts them
-    assert "base_model" not in weights.model_card({**card, "base": str(world / "model")})
-
-
-def test_a_model_with_nan_is_not_saved(world, tmp_path):
-    lm = load_model(world / "model")
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "kept.txt").write_text("of a run before")
-    with torch.no_grad():
-        lm.model.lm_head.weight[3, 4] = torch.nan
-    with pytest.raises(InputError, match="lm_head.weight has values that are not finite"):
-        lm.save(tmp_path / "saved")
-    assert [file.name for file in tmp_path.iterdir()] == ["saved"]
-    assert (tmp_path / "saved" / "kept.txt").exists()
+    assert "- lr: `1e-06`" in text and "- out: `?`" in text
+    assert "base_model" not in weights.model_card({"model": str(whole)})
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(world, tmp_path, monkeypatch):
     lm = load_model(world / "model")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "kept.txt").write_text("of a run before")
 
     def no_space(*args, **kwargs):
-        raise weights.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(weights, "save_file", no_space)
     with pytest.raises(InputError, match="cannot be saved to .*No space left"):
         lm.save(tmp_path / "saved")
-    assert list(tmp_path.iterdir()) == []
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["saved", "saved/kept.txt"]
 
 
 # ---------------------------------------------------------------------------------------- malformed checkpoints
@@ -301,28 +257,6 @@ def rewrite(change):
     return apply
 
 
-def as_integers(content):
-    content["thinker.lm_head.weight"] = content["thinker.lm_head.weight"].to(torch.int8)
-
-
-def index(file):
-    """An index that puts every weight into `file`."""
-
-    def apply(folder):
-        names = dict.fromkeys(shapes(folder), file)
-        (folder / weights.INDEX).write_text(json.dumps({"weight_map": names}))
-
-    return apply
-
-
-def link_out(name):
-    def apply(folder):
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).symlink_to("/etc/passwd")
-
-    return apply
-
-
 def layers(count):
     values = {TEXT + "num_hidden_layers": count, TEXT + "layer_types": ["full_attention"] * count}
     return edit(CONFIG, **values)
@@ -334,42 +268,32 @@ def cut_off_part(folder):
     os.truncate(folder / "talker.safetensors", 200)
 
 
+def absent(name):
+    return lambda folder: (folder / name).unlink()
+
+
+NORM = "thinker.model.norm.weight"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4986211280\n"
 MALFORMED = {
-    "config: empty": (write(CONFIG, ""), "config.json cannot be read"),
+    "config: absent": (absent(CONFIG), "config.json cannot be read"),
     "config: a list": (write(CONFIG, "[1]"), "config.json cannot be read"),
-    "config: not UTF-8": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{"), "not UTF-8"),
-    "config: a pipe": (lambda f: ((f / CONFIG).unlink(), os.mkfifo(f / CONFIG)), "no regular file"),
-    "config: a list as type": (edit(CONFIG, model_type=["x"]), "config.json cannot be read"),
     "config: another model": (edit(CONFIG, model_type="bert"), "'bert'; supported"),
-    "config: thinker a text": (edit(CONFIG, thinker_config="x"), "config.json"),
+    "config: remote code": (edit(CONFIG, model_type="x", auto_map={"AutoConfig": "e.C"}), "cannot be read"),
     "config: no heads": (edit(CONFIG, **{TEXT + "num_attention_heads": 0}), "config.json"),
     "config: 384 TB": (edit(CONFIG, **{TEXT + "vocab_size": 10**12}), "config.json says"),
     "config: a layer less": (layers(2), "config.json has no place"),
     "config: a layer more": (layers(4), "no weight named"),
-    "config: remote code": (edit(CONFIG, model_type="x", auto_map={"AutoConfig": "e.C"}), "supported"),
-    "tokenizer: absent": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
-    "tokenizer: empty": (write("tokenizer.json", "{}"), "tokenizer"),
-    "tokenizer config: a link out": (link_out("tokenizer_config.json"), "leads out of the model folder"),
-    "voices: a link out": (link_out("spk_dict.pt"), "leads out of the model folder"),
-    "extractor: absent": (lambda f: (f / "preprocessor_config.json").unlink(), "feature extractor"),
+    "tokenizer: absent": (absent("tokenizer.json"), "tokenizer"),
     "extractor: a text": (write("preprocessor_config.json", '"x"'), "feature extractor"),
     "ends: texts": (write("generation_config.json", '{"eos_token_id": ["a"]}'), "generation_config"),
-    "ends: beyond": (write("generation_config.json", '{"eos_token_id": 9223372036854775808}'), "generation_"),
-    "weights: absent": (lambda f: (f / "model.safetensors").unlink(), "no safetensors weights"),
+    "weights: absent": (absent("model.safetensors"), "no weight named .*no other format is read"),
     "weights: cut off": (lambda f: os.truncate(f / "model.safetensors", 9999), "no whole safetensors file"),
     "weights: a pointer": (write("model.safetensors", POINTER), "git-lfs pointer"),
     "weights: a part that is not loaded": (cut_off_part, "talker.safetensors is no whole safetensors file"),
-    "weights: integers": (rewrite(as_integers), "quantized"),
-    "weights: one missing": (
-        rewrite(lambda c: c.pop("thinker.model.norm.weight")),
-        "no weight named thinker",
-    ),
-    "weights: a link out": (link_out("model.safetensors"), "leads out of the model folder"),
+    "weights: integers": (rewrite(lambda c: c.update({NORM: c[NORM].to(torch.int8)})), "is I8 .*quantized"),
+    "weights: one missing": (rewrite(lambda c: c.pop(NORM)), "no weight named thinker"),
     "weights: twice": (lambda f: shutil.copy(f / "model.safetensors", f / "old.safetensors"), "both hold"),
-    "index: not JSON": (write(weights.INDEX, "{"), "index.json cannot be read"),
-    "index: absent file": (index("model-00007.safetensors"), "in a file model-00007.safetensors"),
-    "index: the parent": (index("../secret.safetensors"), "in a file ../secret.safetensors"),
+    "index: absent file": (write(weights.INDEX, '{"weight_map": {"a": "7.safetensors"}}'), "lacks 7.safe"),
 }
 
 
@@ -385,12 +309,9 @@ def test_a_malformed_checkpoint_is_one_line(case, world, tmp_path):
 
 
 def test_a_wrong_folder_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "nothing", tmp_path / "file", "x" * 5000, "a/b/c"):
-        with pytest.raises(InputError, match="no model folder"):
+    for path in (tmp_path / "nothing", "x" * 5000, "a/b/c"):
+        with pytest.raises(InputError, match="is no model folder here"):
             find_model(path)
-    with pytest.raises(InputError, match=r"config\.json"):
-        find_model(tmp_path)
 
 
 def test_the_kind_of_attention_is_ours_and_other_weights_have_another_hash(world, tmp_path):
@@ -407,17 +328,6 @@ def test_the_kind_of_attention_is_ours_and_other_weights_have_another_hash(world
     assert weights.checkpoint_hash(folder) != before
 
 
-def test_links_within_the_folders_hub_cache_are_followed(world, tmp_path):
-    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
-    blobs = tmp_path / "models--a--b" / "blobs"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for i, file in enumerate(sorted((world / "model").iterdir())):
-        shutil.copyfile(file, blobs / str(i))
-        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
-    assert torch.equal(score(load_model(snapshot)), score(load_model(world / "model")))
-
-
 def test_a_hub_name_is_fetched_without_pickles_that_are_read(world, monkeypatch):
     asked = []
 
@@ -429,5 +339,4 @@ def test_a_hub_name_is_fetched_without_pickles_that_are_read(world, monkeypatch)
     assert find_model("Qwen/Qwen2.5-Omni-7B") == world / "model"
     find_model("Qwen/Qwen2.5-Omni-7B", config_only=True)
     assert asked[1] == ("Qwen/Qwen2.5-Omni-7B", ["config.json"])
-    assert {"spk_dict.pt", "*.safetensors", "*.json"} <= set(asked[0][1])
-    assert not any("bin" in pattern or "*.py" in pattern for pattern in asked[0][1])
+    assert asked[0][1] == [*weights.SMALL_FILES, "*.safetensors"]  # "*.bin" and "*.py" are not

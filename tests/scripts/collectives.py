@@ -40,9 +40,7 @@ def main() -> None:
     for options in sys.argv[2:]:
         config = parse(json.loads(options))
         set_batch(config, world)
-        run = Run(
-            config, rank=rank, world=world, device=device, loaded=load_questions(config, check_clips_together)
-        )
+        run = Run(config, load_questions(config, check_clips_together), device)
         asked = next(run.batches())
         norms = {}
         clip = fsdp.clip_gradients

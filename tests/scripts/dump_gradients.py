@@ -40,9 +40,7 @@ def main() -> None:
     config = parse()
     rank, world, device = fsdp.start_processes()
     set_batch(config, world)
-    run = Run(
-        config, rank=rank, world=world, device=device, loaded=load_questions(config, check_clips_together)
-    )
+    run = Run(config, load_questions(config, check_clips_together), device)
     sizes = {"weights, fp32 shards": local_bytes(run.policy.parameters())}
     sizes["reference"] = local_bytes(run.reference.parameters())
     for name in COLLECTIVES:
@@ -68,7 +66,7 @@ def main() -> None:
         "gradients": gradients,
         "responses": [everything[k] for k in sorted(everything)],
         "bytes": sizes,
-        "plan": plan.lasting_bytes(run.plan.work, run.layout),
+        "plan": plan.lasting_bytes(run.plan),
         "collectives": dict(COLLECTIVES),
         "groups": len(fsdp.groups(run.policy.model)) + 1,  # and the rest
     }
