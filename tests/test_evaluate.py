@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,14 +77,9 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def few(tmp_path):
-    """A file of 24 questions, and a folder with links to their clips."""
-    rows = rows_in(WORLD / "mmau.json")[:24]
-    (tmp_path / "few.json").write_text(json.dumps(rows))
-    (tmp_path / "clips").mkdir()
-    for row in rows:
-        name = Path(row["audio_id"]).name
-        (tmp_path / "clips" / name).symlink_to(WORLD / "audio" / name)
-    return {"data": tmp_path / "few.json", "audio_dir": tmp_path / "clips"}
+    """A file of 24 questions."""
+    (tmp_path / "few.json").write_text(json.dumps(rows_in(WORLD / "mmau.json")[:24]))
+    return {"data": tmp_path / "few.json"}
 
 
 def average(said):
@@ -93,9 +87,7 @@ def average(said):
 
 
 def change(few, **keys):
-    rows = rows_in(few["data"])
-    for row in rows:
-        row |= keys
+    rows = [row | keys for row in rows_in(few["data"])]
     few["data"].write_text(json.dumps(rows))
 
 
@@ -190,7 +182,8 @@ def test_nothing_is_forked_and_nothing_goes_through_shared_memory(few, whole, tm
 
 def test_audio_none_silence_and_swap_are_what_they_say(few, whole, tmp_path, monkeypatch):
     outs = {audio: tmp_path / f"{audio}.json" for audio in ("real", "none", "silence", "swap")}
-    more, loaded = [], []
+    more = []
+    loaded = []
     for audio, out in outs.items():
         more += ["--and", "--audio", audio, "--out", out]
     monkeypatch.setattr(
@@ -202,7 +195,7 @@ def test_audio_none_silence_and_swap_are_what_they_say(few, whole, tmp_path, mon
     for audio, out in outs.items():
         assert share_right(rows_in(out)) + 10 < average(whole[1])
         assert about(out)["audio"] == audio and about(out)["unanswered"] == {}
-    questions = read_questions(few["data"], few["audio_dir"])
+    questions = read_questions(few["data"], WORLD / "audio")
     heard = {"none": {"use_audio": False}, "silence": {"waveform": np.zeros(16_000, "float32")}}
     for audio, how in heard.items():
         alone = lm.generate([lm.encode(questions[0], **how)], 8)[0][0]
@@ -225,7 +218,8 @@ def test_mmar_lines_come_back_as_the_list_that_its_script_reads_with_every_order
 
 
 def test_only_what_the_model_answered_is_scored_whatever_the_rows_hold(few, whole, tmp_path):
-    change(few, **dict.fromkeys(evaluation.OURS, "forged") | {"order_predictions": ["forged"] * 2})
+    forged = dict.fromkeys(evaluation.OURS, "forged") | {"order_predictions": ["forged"] * 2}
+    change(few, **forged)
     evaluate(tmp_path / "p.json", **few)
     assert rows_in(tmp_path / "p.json") == whole[0][:24]
 
@@ -246,9 +240,12 @@ def test_hidden_answers_are_written_for_the_server_and_a_runs_own_model_has_its_
 
 def test_missing_clips_stop_it_or_are_asked_again_once_they_are_there(few, whole, tmp_path, monkeypatch):
     out = tmp_path / "p.json"
-    refused("24 of 24 questions", out, **few | {"audio_dir": tmp_path / "none"})
+    few["audio_dir"] = tmp_path / "clips"
+    refused("24 of 24 questions", out, **few)
     assert not list(tmp_path.glob("p.*"))
-    clip = sorted(few["audio_dir"].iterdir())[5]
+    shutil.copytree(WORLD / "audio", few["audio_dir"])
+    data.clips_in.cache_clear()
+    clip = few["audio_dir"] / f"{whole[0][5]['id']}.wav"
     clip.rename(tmp_path / "away.wav")
     assert "1 of 24 answers are empty" in evaluate(out, **few)
     assert list(about(out)["unanswered"]) == [clip.stem]
