@@ -36,19 +36,11 @@ if [ "${1:-}" != all ]; then
   say "next: this base answers the benchmark, with and without audio; then $STEPS steps of GRPO on AVQA's questions, reward 1 for
    the right choice; then it answers again. This is what 'bash run.sh base-omni omni-avqa report' does with the 7B."
   bash run.sh base-omni omni-avqa report
-  say "what $STEPS steps did: answers right of $(grep -c '"id"' "$RESULTS/base-omni/eval/mmau-mini.real.json"), in %"
-  python - "$RESULTS" <<'END'
-import json, sys
-from reward import string_match
-print(f"{'':12}{'with audio':>12}{'without':>12}")
-for name, run in {"before": "base-omni", "after": "omni-avqa"}.items():
-    line = f"{name:12}"
-    for audio in ("real", "none"):
-        rows = json.load(open(f"{sys.argv[1]}/{run}/eval/mmau-mini.{audio}.json"))
-        right = [string_match(row["answer"], row["model_prediction"], row["choices"]) for row in rows]
-        line += f"{100 * sum(right) / len(right):12.1f}"
-    print(line)
-END
+  say "what $STEPS steps did to the $(grep -c '"id"' "$RESULTS/base-omni/eval/mmau-mini.real.json") answers, right in %"
+  for audio in real none; do
+    printf 'audio %s:  ' $audio
+    python report.py --compare "$RESULTS"/{base-omni,omni-avqa}/eval/mmau-mini.$audio.json
+  done
   cat <<END
 
 The page (curves, answers, clips to listen to): $RESULTS/report.html

@@ -65,12 +65,10 @@ def page_data(folder):
 def test_intervals_cover_the_truth(monkeypatch):
     assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, Table I
-    rng = np.random.default_rng(0)
-    for n, least in ((11, 0.91), (24, 0.91), (300, 0.93), (1000, 0.93)):
-        for p in (0.3, 0.5, 0.7, 0.9):
-            right = rng.binomial(n, p, 4000)
-            covered = np.mean([low <= p <= high for low, high in (wilson(k, n) for k in right)])
-            assert least <= covered <= (0.97 if n >= 300 else 1.0), (n, p, covered)
+    for n, p in ((11, 0.3), (24, 0.9), (1000, 0.7)):
+        intervals = [wilson(right, n) for right in np.random.default_rng(0).binomial(n, p, 4000)]
+        covered = np.mean([low <= p <= high for low, high in intervals])
+        assert 0.91 <= covered <= 0.98, (n, p, covered)
     monkeypatch.setattr(report_module, "RESAMPLED", 300)
     covered = []
     for seed in range(150):  # averages over 3 orders of 100 questions of different difficulty
@@ -136,25 +134,48 @@ def test_orders_count_by_their_share(tmp_path):
     assert "same way in all 2 orders: 1 of 8" in "\n".join(summary_lines(path))
 
 
-def test_the_program_needs_no_torch_and_says_what_is_wrong_in_one_line(tmp_path):
+def test_what_differs_is_counted_in_pairs(tmp_path):
     before = write_run(tmp_path, mmau_rows(right=lambda i: i < 10), "a")
     after = write_run(tmp_path, mmau_rows(right=lambda i: 5 <= i < 30), "b")
     assert "25.0 -> 62.5" in compare(before, after) and "20 better, 5 worse of 40" in compare(before, after)
-    hidden = [{**row, "answer": ""} for row in mmau_rows()]
-    plain = [{k: v for k, v in row.items() if not k.startswith("model_")} for row in mmau_rows()]
-    (tmp_path / "nothing").mkdir()
-    for act, words in (
-        (lambda: compare(before, write_run(tmp_path, mmau_rows(39), "c")), "not of the same questions"),
-        (lambda: compare(write_run(tmp_path, hidden, "d"), before), "hide their answers"),
-        (lambda: summary_lines(tmp_path / "d.json"), "no right answers"),
-        (lambda: summary_lines(write_run(tmp_path, plain, "e")), "has no prediction"),
-        (lambda: report(tmp_path / "nothing"), "no predictions"),
-    ):
-        with pytest.raises(InputError, match=words):
-            act()
+
+
+def test_the_program_needs_no_torch():
     code = "import sys, report; sys.argv[1:] = ['--score', 'no.json']; sys.modules['torch'] = None; report.main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path, caplog):
+    write = partial(write_run, tmp_path)
+    (tmp_path / "nothing").mkdir()
+    real = write(mmau_rows(), "real")
+    silent = write(mmau_rows(), "silent", audio="silence")
+    few = write(mmau_rows(39), "few", audio="none")
+    lacking = write(mmau_rows(), "lacking", audio="none", unanswered={"q1": "no clip"})
+    hidden = write([{**row, "answer": ""} for row in mmau_rows()], "hidden", audio="none")
+    plain = write([row | {"model_prediction": None} for row in mmau_rows()], "plain")
+    plain.write_text(plain.read_text().replace("model_", "no_"))
+    for act, files, words in (
+        (need, (real, write(mmau_rows(), "mmar", audio="none", bench="mmar")), "asked alike"),
+        (need, (real, write(mmau_rows(), "other", audio="none", model="other")), "asked alike"),
+        (need, (real, real), "with the clip and without"),
+        (need, (silent, real), "with the clip and without"),
+        (need, (real, few), "not of the same questions"),
+        (need, (real, lacking), "not of the same questions"),
+        (need, (real, tmp_path / "no.json"), "no.meta: not what evaluate.py wrote: cannot read"),
+        (split, ([hidden], tmp_path), "hide their answers"),
+        (compare, (real, few), "not of the same questions"),
+        (compare, (real, hidden), "hide their answers"),
+        (summary_lines, (hidden,), "no right answers"),
+        (summary_lines, (plain,), "has no prediction"),
+        (report, (tmp_path / "nothing",), "no predictions"),
+    ):
+        with pytest.raises(InputError, match=words):
+            act(*files)
+    split([lacking], tmp_path)
+    assert "1 questions have no answer" in caplog.text
+    assert '"q1"' not in "".join(path.read_text() for path in tmp_path.glob("*.jsonl"))
 
 
 # ------------------------------------------------------------------------------------ does it need the audio?
@@ -228,32 +249,6 @@ def test_questions_are_split_by_how_often_they_were_answered_right(answered, tmp
     assert "right 571 never, 429 sometimes, 0 always" in capsys.readouterr().out
 
 
-def test_need_and_split_refuse_what_they_cannot_compare(tmp_path, caplog):
-    write = partial(write_run, tmp_path)
-    real = write(mmau_rows(), "real")
-    silent = write(mmau_rows(), "silent", audio="silence")
-    hidden = [{**row, "answer": ""} for row in mmau_rows()]
-    for other, words in (
-        (write(mmau_rows(), "b", audio="none", bench="mmar"), "asked alike"),
-        (write(mmau_rows(), "m", audio="none", model="other"), "asked alike"),
-        (real, "with the clip and without"),
-        (write(mmau_rows(39), "q", audio="none"), "not of the same questions"),
-        (write(mmau_rows(), "u", audio="none", unanswered={"q1": "no clip"}), "not of the same questions"),
-        (write(hidden, "h", audio="none"), "hide their answers"),
-        (tmp_path / "no.json", "no.meta: not what evaluate.py wrote: cannot read"),
-    ):
-        with pytest.raises(InputError, match=words):
-            need(real, other)
-    with pytest.raises(InputError, match="with the clip and without"):
-        need(silent, real)
-    with pytest.raises(InputError, match="hide their answers"):
-        split([tmp_path / "h.json"], tmp_path)
-    split([tmp_path / "u.json"], tmp_path)
-    assert (
-        "1 questions have no answer" in caplog.text and '"q1"' not in (tmp_path / "always.jsonl").read_text()
-    )
-
-
 # ----------------------------------------------------------------------------------------------- the folder
 
 
@@ -284,9 +279,7 @@ def test_ours_stands_beside_the_papers_number(tmp_path):
 def test_a_broken_neighbour_costs_itself_alone(tmp_path, caplog):
     """Other tools' files, a kill's half rows and names that are not UTF-8 beside good runs."""
     write_run(tmp_path / "good", mmau_rows())
-    (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "p.meta").write_text('{"bench": "mmar", "audio": "real"}')
-    for i, text in enumerate(("", "[]", "null", '{"bench": 1}', '{"bench', "[" * 3000)):
+    for i, text in enumerate(("", "null", '{"bench": 1}', "[" * 3000)):
         write_run(tmp_path / f"foreign{i}", mmau_rows()).with_suffix(".meta").write_text(text)
     write_run(tmp_path / "cut", mmau_rows()).write_text('[{"id"')
     write_log(tmp_path / "other", [{"step": 1}])
@@ -303,7 +296,7 @@ def test_a_broken_neighbour_costs_itself_alone(tmp_path, caplog):
     shown = re.findall(r"^\| (\S+) \| mmau-mini \| \*\*75.0 \[", text, re.M)
     assert sorted(shown) == ["a/p", "b/p", "good", "name?\\|"]
     left_out = " ".join(record.getMessage() for record in caplog.records)
-    for name in ("unfinished", "foreign0", "foreign5", "cut", "other"):
+    for name in ("foreign0", "foreign1", "foreign2", "foreign3", "cut", "other"):
         assert name in left_out and name not in text
     assert [row["step"] for row in page_data(tmp_path)["runs"]["good"]["log"]] == [*range(1, 9)]
 
@@ -433,11 +426,10 @@ def test_the_page_draws_tables_curves_samples_and_questions(tmp_path):
     assert {"74.8", "49.6"} <= set(words(page["group-table"]).split())  # 187 and 124 of 250
     assert len(elements(page["curve-panels"], "circle")) == 1
     assert words(page["sample-step"]) == "step 2, question a" and HOSTILE in words(page["sample"])
-    assert words(elements(page["sample"], "pre")[0]) == "<i>" and "0.70" in words(page["sample"])
+    assert words(elements(page["sample"], "pre")[0]) == "<i>"
     assert elements(page["sample"], "audio")[0][1]["src"].endswith("x.wav")
     differ = sum((i % 4 != 0) != (i % 2 == 0) for i in range(1, 250))
     assert words(page["count"]) == f"{differ} of 250, 100 shown"
-    assert len(elements(page["list"], "audio")) == 100
 
     page = drawn(
         tmp_path / "report.html",
