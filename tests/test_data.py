@@ -316,10 +316,10 @@ def test_a_malformed_row_is_named_and_left_out_and_more_than_a_tenth_stop(tmp_pa
 
 
 def test_lines_end_at_line_feeds_alone_and_a_broken_one_is_named(tmp_path, caplog):
-    """U+2028, U+0085 and the form feed stand inside texts; carriage returns before line feeds are white space."""
+    """U+2028, U+0085 and the form feed stand inside texts; blank lines, carriage returns, a byte order mark do not count."""
     rows = [row | {"question": "Who\u2028spoke\x85in\x0bit?", "score": None} for row in numbered("mmau", 40)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    text = "\r\n".join(["\ufeff", *lines]).replace("null", "NaN")
+    text = "\ufeff" + "\r\n\n".join(lines).replace("null", "NaN")
     (tmp_path / "q.jsonl").write_bytes(text.encode())
     assert [q.meta["source"] for q in read_questions(tmp_path / "q.jsonl")] == rows
     lines[9] = lines[9][:30]
