@@ -326,9 +326,8 @@ def print_plan(sources: list[Source], options: argparse.Namespace) -> None:
             place = Path(constants.HF_HUB_CACHE)
             there = try_to_load_from_cache(source.name, "model.safetensors.index.json")
             if not there:
-                patterns = source.files.split(",")
-                files = from_hub(snapshot_download, source, allow_patterns=patterns, dry_run=True)
-                size = sum(file.file_size for file in files) / 1e9
+                info = from_hub(HfApi().repo_info, source, files_metadata=True)
+                size = sum(file.size or 0 for file in info.siblings) / 1e9
         if not there:
             held = sum(path.stat().st_size for path in (options.data / source.name).rglob("*"))
             need[place] += size + float(source.gb) - held / 1e9  # a download goes once it is unpacked

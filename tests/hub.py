@@ -219,8 +219,12 @@ class HubHandler(Handler):
             return
         if tree:
             body = [{"type": "file", "path": f, "size": None, "oid": "0" * 40} for f in files]
-        else:  # a size may be null or absent at the hub
-            body = {"id": folder.name, "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}
+        else:
+            listed = []
+            for file in files:  # a size may be null or absent at the hub
+                size = (folder / file).stat().st_size if file.endswith(".safetensors") else None
+                listed.append({"rfilename": file, "size": size})
+            body = {"id": folder.name, "sha": COMMIT, "siblings": listed}
         self.reply(200, body, {"Content-Type": "application/json"})
 
     def send_file(self, folder: Path, name: str) -> None:
