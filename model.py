@@ -347,10 +347,10 @@ class AudioLM(nn.Module):
         device = self.device
         prefill = pack(prompts, [[]] * B, self.prompts.audio_token_id, device)
         lengths = (prefill.columns + 1).to(device)
-        rows, columns = torch.ones(B, G).nonzero(as_tuple=True)  # logits after every token that is drawn
+        rows = torch.arange(B).repeat_interleave(G)
+        columns = torch.arange(G).repeat(B)
         eos = self.eos.to(device)
         done = torch.zeros(B, G, dtype=torch.bool, device=device)
-        counts = torch.zeros(B, G, dtype=torch.int64, device=device)  # tokens of each response
         said = []
         with self.gathered():
             cache = DynamicCache()
@@ -361,7 +361,6 @@ class AudioLM(nn.Module):
             for count in range(1, max_new_tokens + 1):
                 newest = draw(logits, temperature, generators)
                 said.append(newest)
-                counts = counts + ~done
                 done = done | torch.isin(newest, eos)
                 if count == max_new_tokens or self.all_done(done):
                     break
@@ -370,7 +369,9 @@ class AudioLM(nn.Module):
                 logits = self(Tokens(newest, positions, mask, rows, columns), cache)
                 logits = logits.view(B, G, -1)
         drawn = torch.stack(said, dim=-1).flatten(0, 1).cpu()  # (B * G, T)
-        responses = [row[:count] for row, count in zip(drawn, counts.flatten().tolist(), strict=True)]
+        ends = torch.isin(drawn, self.eos).int()
+        counts = (ends.cumsum(-1) - ends == 0).sum(-1)  # all before the first end, and that one
+        responses = [row[:count] for row, count in zip(drawn, counts.tolist(), strict=True)]
         return [responses[b * G : (b + 1) * G] for b in range(B)]
 
     def all_done(self, done: Tensor) -> bool:
@@ -477,7 +478,7 @@ def hear_omni(
     chunks, chunk_lengths = omni.chunk_and_pad_features(features, lengths, tower.n_window)
     places = omni.get_valid_indices(chunk_lengths).to(device)
     convolved = (chunk_lengths - 1) // 2 + 1
-    is_padding = torch.arange(int(convolved.max())) >= convolved.view(-1, 1, 1, 1)
+    is_padding = torch.arange((chunks.shape[2] + 1) // 2) >= convolved.view(-1, 1, 1, 1)
     bias = torch.zeros(is_padding.shape).masked_fill(is_padding, -math.inf)
     tower.config._attn_implementation = "chunks"
     return tower(

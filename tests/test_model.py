@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import soundfile
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AudioFlamingo3Config,
     AudioFlamingo3ForConditionalGeneration,
@@ -180,9 +181,10 @@ def test_responses_end_at_eos_and_depend_on_the_generator_only(family):
     drawn = []
     for seed in (3, 3, 4):
         generators = [torch.Generator().manual_seed(seed)]
-        drawn += lm.generate([prompt], 10, group_size=8, temperature=1.5, generators=generators)
+        drawn += lm.generate([prompt], 10, group_size=8, temperature=3.0, generators=generators)
     first, again, other = [[response.tolist() for response in group] for group in drawn]
     assert first == again != other
+    assert len({len(response) for response in first}) > 1
     for response in drawn[0]:
         ends = torch.isin(response, lm.eos).nonzero().flatten().tolist()
         assert ends == [len(response) - 1] or (ends == [] and len(response) == 10)
@@ -222,7 +224,7 @@ def assert_heard_as_published(lm, plain, samples):
     assert (heard - expected).abs().max() <= 1e-5 * max(1, expected.std()), samples
 
 
-EDGES = [1, 160, 640, 1120, 16_000, 16_160, 15_999]  # samples
+EDGES = [1, 160, 640, 1120, 16_000, 16_160, 39_999]  # samples; chunks and windows that are not full
 EDGES += [320, 321, 480, 641, 800, 801, 479_999, 479_681, 30 * 16_000 - 160, 30 * 16_000 - 320, 30 * 16_000]
 EDGES += [31 * 16_000 + 160, 35 * 16_000, 40 * 16_000, 40 * 16_000 - 160]
 
@@ -234,6 +236,30 @@ def test_clips_of_any_length_are_heard_as_published(family, plain, count):
     longest = min(40, lm.prompts.seconds) * 16_000
     for samples in (EDGES + drawn.long().tolist())[:count]:
         assert_heard_as_published(lm, plain, min(samples, longest))
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_towers_attention_is_8_launches_a_layer_for_any_number_of_clips(world):
+    lm = load_model(world / "model")
+    waves = [torch.rand(160_000 - 700 * i).numpy() for i in range(8)]  # of 40 chunks
+    clips = [lm.encode(Question("1", "What?", ("a", "b"), "a", None, {}), waveform=wave) for wave in waves]
+    attention = lm.model.model.audio_tower.layers[0].self_attn
+    launches = Launches()
+    before = []
+    attention.register_forward_pre_hook(lambda *_: before.append(launches.count))
+    attention.register_forward_hook(lambda *_: before.append(launches.count))
+    with launches:
+        lm.hear(clips)
+    assert before[1] - before[0] <= 4 + 8  # its four linear layers
 
 
 def published_chat(question, audio):
