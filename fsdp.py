@@ -14,7 +14,6 @@ import os
 import shutil
 import signal
 import threading
-import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -41,8 +40,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.optim.adamw import adamw
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger("omni_r1")
@@ -52,64 +51,45 @@ log = logging.getLogger("omni_r1")
 
 def start_processes(minutes: float = 30) -> tuple[int, int, torch.device]:
     """Join torchrun's processes, or be the only one. Returns (rank, world size, device)."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     backend = "gloo"
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
-        check_driver()
-    elif found.type != "mps":  # Apple's has no collectives for FSDP2: there it is the CPU
-        count = torch.accelerator.device_count()
-        if local >= count:
-            raise InputError(f"--nproc_per_node is more than the {count} GPUs here")
-        torch.accelerator.set_device_index(local)
-        device = torch.device(found.type, local)
-        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
         # torchrun sets OMP_NUM_THREADS=1, but an optimizer in host memory wants this process's share of cores
-        on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, cores() // on_this_node))
-    store = None
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    else:
+        check_driver()
+    alone = {}
     if "RANK" not in os.environ:
-        store = dist.HashStore()
-    limit = timedelta(minutes=minutes)  # a hung collective ends the run
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=timedelta(minutes=minutes), **alone)  # a hung collective's end
     be_deterministic()
-    return rank, world, device
-
-
-def cores() -> int:
-    """That this process may use: a container's or a scheduler's share."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def check_driver(root: Path = Path("/")) -> None:
     """InputError where a GPU is that torch cannot use: a 7B would be trained on the CPU without a word."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    if hidden or not (root / "dev/nvidia0").exists():
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not (root / "dev/nvidia0").exists():
         return
     driver = "not known"
     with contextlib.suppress(OSError):
-        driver = (root / "proc/driver/nvidia/version").read_text().split("\n")[0]
-    build = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
+        driver = (root / "proc/driver/nvidia/version").read_text().partition("\n")[0]
     raise InputError(
-        f"{build} cannot use the GPU here; driver: {driver}. Install a newer driver, or torch's build for an "
-        "older one (README); CUDA_VISIBLE_DEVICES= runs on the CPU"
+        f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the GPU here; driver: {driver}. "
+        "Install a newer driver, or torch's build for an older one (README); CUDA_VISIBLE_DEVICES= is the CPU"
     )
 
 
-def make_mesh(device: torch.device, replicas: int, minutes: float = 30) -> DeviceMesh:
+def make_mesh(device: torch.device, replicas: int) -> DeviceMesh:
     """All processes: (replicas, the rest), or 1-D where the shards have no copies."""
     shape = (replicas, dist.get_world_size() // replicas)
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     for group in mesh.get_all_groups():  # torch gives them limits of its own
-        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
-    if replicas == 1:
-        return mesh["shard"]
-    return mesh
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30), group)
+    return mesh["shard"] if replicas == 1 else mesh
 
 
 def be_deterministic() -> None:
@@ -133,18 +113,18 @@ class Stop:
     signal = 0
 
     def __init__(self, patience: float = 180.0):
+        self.patience = patience
         self.closed = threading.Event()
-        woken, wake = os.pipe()
+        self.woken, wake = os.pipe()
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self)
-        threading.Thread(target=self.watch, args=(woken, patience), daemon=True).start()
+        threading.Thread(target=self.watch, daemon=True).start()
 
-    def watch(self, woken: int, patience: float) -> None:
-        while os.read(woken, 1)[0] not in (signal.SIGTERM, signal.SIGINT):
-            pass
-        if not self.closed.wait(patience):
+    def watch(self) -> None:
+        os.read(self.woken, 1)
+        if not self.closed.wait(self.patience):
             os._exit(1)
 
     def close(self) -> None:
@@ -176,19 +156,12 @@ def gather_objects(value: Any) -> list:
     return values
 
 
-def average(number: float) -> float:
-    numbers = gather_objects(number)
-    return sum(numbers) / len(numbers)
-
-
 def average_gradients(parameters: list[nn.Parameter]) -> None:
     """Gradients of parameters that are whole in each process -> their mean over the processes, in place."""
     gradients = [p.grad for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients]) / dist.get_world_size()
+    flat = parameters_to_vector(gradients) / dist.get_world_size()
     dist.all_reduce(flat)
-    pieces = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, piece in zip(gradients, pieces, strict=True):
-        gradient.copy_(piece.view_as(gradient))
+    vector_to_parameters(flat, gradients)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -203,16 +176,20 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 # -------------------------------------------------------------------------------------------------- sharding
 
 
+def layers(model: nn.Module) -> list[nn.Module]:
+    """Of the decoder and of the audio tower, if any."""
+    found = list(model.model.language_model.layers)
+    if hasattr(model.model, "audio_tower"):
+        found += model.model.audio_tower.layers
+    return found
+
+
 def groups(model: nn.Module) -> list[nn.Module]:
     """The modules that are gathered one at a time: every layer, and the two vocabulary-sized matrices."""
-    text = model.model.language_model
-    modules = list(text.layers)
-    tower = getattr(model.model, "audio_tower", None)
-    if tower is not None:
-        modules += list(tower.layers)
-    if model.lm_head.weight is not text.embed_tokens.weight:  # tied ones belong to the rest, together
-        modules += [text.embed_tokens, model.lm_head]
-    return modules
+    embedding = model.model.language_model.embed_tokens
+    if model.lm_head.weight is embedding.weight:  # tied ones belong to the rest, together
+        return layers(model)
+    return [*layers(model), embedding, model.lm_head]
 
 
 def shard(
@@ -232,14 +209,12 @@ def shard(
     gradients yet and the weights fit: there it would be a gather for every token. Gradients are reduced in
     fp32 after each pass.
     """
-    offload = OffloadPolicy()
-    if cpu_offload:
-        offload = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    options = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
-    for group in groups(lm.model):
-        fully_shard(group, reshard_after_forward=reshard, **options)
-    fully_shard(lm, reshard_after_forward=reshard, **options)
+    options = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": reshard}
+    if cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    for group in [*groups(lm.model), lm]:
+        fully_shard(group, **options)
     lm.set_reshard_after_backward(reshard)
     lm.lockstep = reshard and not gathered_rollout
     if reshard and gathered_rollout:
@@ -265,12 +240,7 @@ def release(lm: nn.Module) -> None:
 
 def checkpoint_activations(lm: nn.Module) -> None:
     """Keep only each layer's input for the backward pass and compute the rest again (before `shard`)."""
-    text = lm.model.model.language_model
-    tower = getattr(lm.model.model, "audio_tower", None)
-    layers = list(text.layers)
-    if tower is not None:
-        layers += list(tower.layers)
-    for layer in layers:
+    for layer in layers(lm.model):
         layer.forward = functools.partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
         )
@@ -285,8 +255,8 @@ def make_optimizer(parameters: list[nn.Parameter], lr: float, host: bool = False
     optimizer = kind(parameters, lr, weight_decay=0.0, fused=True)
     for p in parameters:
         state = optimizer.state[p]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        for name in ("exp_avg", "exp_avg_sq"):
+        state["step"] = torch.zeros((), device=p.device)
+        for name in MOMENTS:
             state[name] = torch.zeros_like(p)
             if host:
                 state[name] = state[name].cpu()
@@ -295,54 +265,40 @@ def make_optimizer(parameters: list[nn.Parameter], lr: float, host: bool = False
     return optimizer
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
 class HostMomentsAdamW(torch.optim.AdamW):
     """AdamW whose moments lie in host memory and visit the device, two parameters' at a time.
 
-    On a GPU one stream copies: the next parameter's moments come while this one's step is computed. They are
-    allocated on that stream and last used there, so that a block is free for the next when it is dropped.
+    On a GPU two streams take turns, each with all that is done to a parameter: while one computes, or copies
+    back, the other fetches. A block that is dropped is free for the next on the stream that has used it.
     """
 
-    copies = None  # the stream; None on a CPU, where it is no stream
+    streams = (None, None)  # on a CPU
 
     @torch.no_grad()
     def step(self) -> None:
         (group,) = self.param_groups
-        beta1, beta2 = group["betas"]
-        learning = [p for p in group["params"] if p.grad is not None]
-        main = None
-        if learning and learning[0].is_cuda:
-            main = torch.cuda.current_stream()
-            self.copies = self.copies or torch.cuda.Stream()
-        ahead = self.fetch(learning[:1])
-        for i, p in enumerate(learning):
-            moments = ahead
-            if main:
-                main.wait_stream(self.copies)
-            ahead = self.fetch(learning[i + 1 : i + 2])
-            adamw(
-                [local(p)], [local(p.grad)], [moments[0]], [moments[1]], [], [self.state[p]["step"]],
-                fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-                weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-            )  # fmt: skip
-            if main:
-                self.copies.wait_stream(main)
-            with torch.cuda.stream(self.copies):
-                for host, moment in zip(self.hosts(p), moments, strict=True):
-                    host.copy_(moment, non_blocking=True)
-        if main:
-            self.copies.synchronize()  # a checkpoint reads them from the host
-
-    def hosts(self, p: nn.Parameter) -> list[Tensor]:
-        return [local(self.state[p]["exp_avg"]), local(self.state[p]["exp_avg_sq"])]
-
-    def fetch(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """The moments of one parameter, or of none, on its device."""
-        moments = []
-        with torch.cuda.stream(self.copies):
-            for p in parameters:
-                for host in self.hosts(p):
-                    moments.append(host.to(p.device, non_blocking=True))
-        return moments
+        parameters = group["params"]
+        on_gpu = parameters[0].is_cuda
+        if on_gpu:
+            torch.cuda.synchronize()  # the gradients are there
+        if on_gpu and self.streams[0] is None:
+            self.streams = (torch.cuda.Stream(), torch.cuda.Stream())
+        for i, p in enumerate(parameters):
+            state = self.state[p]
+            with torch.cuda.stream(self.streams[i % 2]):
+                hosts = {name: state[name] for name in MOMENTS}
+                for name in MOMENTS:
+                    state[name] = hosts[name].to(p.device, non_blocking=True)
+                group["params"] = [p]
+                super().step()
+                for name in MOMENTS:
+                    state[name] = hosts[name].copy_(state[name], non_blocking=True)
+        group["params"] = parameters
+        if on_gpu:
+            torch.cuda.synchronize()  # a checkpoint reads them from the host
 
 
 @torch.no_grad()
@@ -384,12 +340,11 @@ def save_checkpoint(
     about: dict,
     *,
     keep: int,
-    files: list[Path],
 ) -> None:
     """Write checkpoints/step-N beside its name, rename it, keep the last `keep` up to it. Collective.
 
     `tensors` (shards or whole) go through torch.distributed.checkpoint, so any number of processes can load
-    them; `about` goes into run.json, with the size of every file; `files` (log and samples) are copied along.
+    them; `about` goes into run.json, with the size of every file; the log and the samples are copied along.
     """
     folder = out / "checkpoints" / f"step-{step:06d}"
     scratch = folder.with_name("writing")
@@ -397,16 +352,13 @@ def save_checkpoint(
     if first:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        for file in files:
-            if file.exists():
-                shutil.copyfile(file, scratch / file.name)
+        for file in out.glob("*.jsonl"):
+            shutil.copy(file, scratch)
     dist.barrier()
     hook = threading.excepthook
     threading.excepthook = lambda told: None  # a writer's failure comes back as the exception
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(scratch, thread_count=4))
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(scratch, thread_count=4))
     except CheckpointException as error:
         why = next(iter(error.failures.values()))[0]
         raise InputError(
@@ -415,15 +367,12 @@ def save_checkpoint(
     finally:
         threading.excepthook = hook
     if first:
-        sizes = {}
-        for path in scratch.iterdir():
+        write_text(scratch / "run.json", json.dumps({**about, "files": sizes(scratch)}, indent=1))
+        for path in (scratch / "run.json", scratch):
             sync(path)
-            sizes[path.name] = path.stat().st_size
-        write_text(scratch / "run.json", json.dumps({**about, "files": sizes}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
-        for path in (folder / "run.json", folder, folder.parent):
-            sync(path)
+        sync(folder.parent)
         everything = checkpoints(out)
         count = everything.index(folder) + 1  # those behind are damaged: the run went on from before them
         for old in everything[: max(0, count - keep)] + everything[count:]:
@@ -433,26 +382,24 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` in place with what `save_checkpoint` wrote, under this number of processes."""
-    try:
-        dcp.load(tensors, checkpoint_id=folder)
-    except CheckpointException as error:
-        why = next(iter(error.failures.values()))[0]
-        raise InputError(f"{folder} cannot be loaded: {why}") from None
+    dcp.load(tensors, checkpoint_id=folder)
 
 
 def newest_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint whose files have the sizes that were written; the damaged ones are named."""
     for folder in reversed(checkpoints(out)):
-        try:
-            sizes = parse_json(read_text(folder / "run.json"))["files"]
-            wrong = [name for name in sizes if (folder / name).stat().st_size != sizes[name]]
-        except (InputError, OSError, ValueError, KeyError, TypeError):
-            wrong = ["run.json, or what it names"]
-        if not wrong:
-            return folder
+        with contextlib.suppress(InputError, ValueError, KeyError, TypeError):
+            written = parse_json(read_text(folder / "run.json"))["files"]
+            if written.items() <= sizes(folder).items():
+                return folder
         if os.environ.get("RANK", "0") == "0":
-            log.warning("%s is damaged (%s): the one before is taken, if any", folder, ", ".join(wrong))
+            log.warning("%s is damaged: the one before is taken, if any", folder)
     return None
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Name -> bytes."""
+    return {file.name: file.stat().st_size for file in folder.iterdir()}
 
 
 def sync(path: Path) -> None:

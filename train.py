@@ -245,7 +245,7 @@ class Run:
         if layout.checkpointing:
             fsdp.checkpoint_activations(self.policy)
         mesh = fsdp.make_mesh(self.device, config.replicas)
-        offload = layout.offload == "all"
+        offload = layout.offload.startswith("on")
         sharded = self.world > 1 and (layout.reshard or not config.lora)
         if sharded or stored != self.dtype or offload:
             how = {"reshard": layout.reshard, "gathered_rollout": layout.gathered_rollout}
@@ -263,7 +263,7 @@ class Run:
     def load_reference(self, mesh: DeviceMesh) -> AudioLM:
         """No backward comes: each layer's gathered weights go once they were used."""
         reference = empty_lm(self.config.model, self.dtype, self.hears, self.config.prompt)
-        on_host = self.layout.reference_on_host
+        on_host = "reference" in self.layout.offload
         if self.world > 1 or on_host:
             fsdp.shard(reference, mesh, self.dtype, reshard=True, cpu_offload=on_host)
         load_weights(reference, "cpu" if on_host else self.device, compute=self.device)
@@ -353,7 +353,8 @@ class Run:
         if self.config.loss != "token":
             return 0.0
         lengths = torch.cat([rollout.response_lengths() for rollout in rollouts])
-        return fsdp.average(lengths.float().mean().item())
+        means = fsdp.gather_objects(lengths.float().mean().item())
+        return sum(means) / self.world
 
     def name_bad_clips(self, asked: list[Asked]) -> int:
         """Name the clips that were replaced. Returns their number."""
@@ -444,8 +445,7 @@ class Run:
     def save(self) -> None:
         out = Path(self.config.out)
         about = {"step": self.step, "bad_clips": self.bad_clips}
-        files = [out / "log.jsonl", out / "samples.jsonl"]
-        fsdp.save_checkpoint(out, self.step, self.state(), about, keep=self.config.keep, files=files)
+        fsdp.save_checkpoint(out, self.step, self.state(), about, keep=self.config.keep)
 
     def resume(self) -> None:
         """Load the newest whole checkpoint under --out, if any. InputError if it is of other arguments."""
@@ -666,7 +666,7 @@ def train(config: argparse.Namespace) -> int:
         about = {
             **vars(config),
             "layout": str(run.layout),
-            "parameters": run.plan.work.whole,
+            "parameters": run.plan.whole,
             "settings": now,
         }
         write_text(out / "config.json", json.dumps(about, indent=1))

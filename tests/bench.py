@@ -1,14 +1,11 @@
-"""Ratios against the published style of training and against the floor of the arithmetic. Both sides in one
-run.
+"""Ratios against the published style of training and evaluation, both sides in one run.
 
-    python tests/bench.py                       # everything, about 20 minutes on 2 cores
+    python tests/bench.py                       # everything, about 15 minutes on 2 cores
     python tests/bench.py speed memory --repeat 5
 
 The model is random and of middle size (50-75M parameters, vocabulary 32,000), the clip 10 s of noise, the
 responses 8 tokens each. "Published style" is a loop over plain transformers as GRPO trainers for audio LLMs
 have it: the prompt repeated G times, `generate`, logits at every position, the reference the same way.
-"Floor" is the least arithmetic of one question, bare: one prefill, the decode steps, one forward and backward
-over prompt and responses, one reference forward, clipping and the optimizer's step.
 """
 
 import argparse
@@ -23,7 +20,6 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,13 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import soundfile
 import torch
-from transformers import AutoConfig, DynamicCache
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig
 
 import fsdp
 import grpo
 from data import Asked, Question
 from evaluate import encode, make_batches
-from model import Tokens, decoding_mask, load_model, pack_prompts
+from model import load_model
 from reward import accuracy_reward
 from tiny import make_world
 from train import parse
@@ -95,20 +92,17 @@ class Published:
         self.model = self.cls.from_pretrained(folder).eval()
         self.reference = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-6, weight_decay=0.0, fused=True)
-        prompt, clip = (
-            self.lm.encode(the_question(folder)),
-            soundfile.read(folder / "clip.wav", dtype="float32")[0],
-        )
-        extractor = self.lm.prompts.extractor
-        batch = extractor(
-            clip, sampling_rate=16000, padding="max_length", return_attention_mask=True, return_tensors="pt"
-        )
-        self.ids = prompt.input_ids[None]
-        self.audio = {
-            "input_features": batch.input_features,
-            "feature_attention_mask": batch.attention_mask,
-        }
+        self.ids = self.lm.encode(the_question(folder)).input_ids[None]
+        self.audio = self.features([folder / "clip.wav"])
         del self.lm.model
+
+    def features(self, clips):
+        """Padded to the longest that the family takes, as its processor does."""
+        batch = self.lm.prompts.extractor(
+            [soundfile.read(clip, dtype="float32")[0] for clip in clips],
+            sampling_rate=16_000, padding="max_length", return_attention_mask=True, return_tensors="pt",
+        )  # fmt: skip
+        return {"input_features": batch.input_features, "feature_attention_mask": batch.attention_mask}
 
     def log_probs(self, model, ids, group):
         audio = {name: x.repeat_interleave(group, 0) for name, x in self.audio.items()}
@@ -116,13 +110,14 @@ class Published:
         logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         return logps[:, self.ids.shape[1] - 1 :]
 
-    def question(self, group):
+    def generate(self, ids, mask, audio, **how):
         length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "pad_token_id": 0}
         with torch.no_grad():
-            ids = self.model.generate(
-                input_ids=self.ids, attention_mask=torch.ones_like(self.ids), **self.audio, **length,
-                do_sample=True, temperature=1.2, top_k=0, num_return_sequences=group,
-            )  # fmt: skip
+            return self.model.generate(input_ids=ids, attention_mask=mask, **audio, **length, **how)
+
+    def question(self, group):
+        sampling = {"do_sample": True, "temperature": 1.2, "top_k": 0, "num_return_sequences": group}
+        ids = self.generate(self.ids, torch.ones_like(self.ids), self.audio, **sampling)
         logps = self.log_probs(self.model, ids, group)
         with torch.no_grad():
             ref_logps = self.log_probs(self.reference, ids, group)
@@ -143,55 +138,26 @@ def optimizer_step(model, optimizer):
 
 
 class Ours:
-    """Questions through the project's own path: from rollout to update, `per_pass` at once."""
+    """A question through the project's own path, from rollout to update."""
 
     def __init__(self, folder):
         fsdp.be_deterministic()
         self.policy, self.reference = load_model(folder), load_model(folder).requires_grad_(False)
         self.policy.eos = torch.tensor([-1])  # every response has all its tokens, as on the other side
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), 1e-6, weight_decay=0.0, fused=True)
-        self.asked = the_question(folder)
-        self.prompt = self.policy.encode(self.asked)
+        question = the_question(folder)
+        self.asked = [Asked(1, 0, question, self.policy.encode(question), ())]
 
     def question(self, group):
-        self.questions(group, [1])
-
-    def questions(self, group, passes):
         config = parse(["--group_size", str(group), "--max_new_tokens", str(NEW_TOKENS)])
-        for size in passes:
-            asked = [Asked(1, k, self.asked, self.prompt, ()) for k in range(size)]
-            rollout = grpo.roll_out(self.policy, asked, config, accuracy_reward)
-            logps, _ = grpo.score(self.policy, self.reference, rollout)
-            loss, _ = grpo.rollout_loss(logps, rollout, config, 0.0)
-            (loss * size / sum(passes)).backward()
+        rollout = grpo.roll_out(self.policy, self.asked, config, accuracy_reward)
+        logps, _ = grpo.score(self.policy, self.reference, rollout)
+        loss, _ = grpo.rollout_loss(logps, rollout, config, 0.0)
+        loss.backward()
         optimizer_step(self.policy, self.optimizer)
 
 
-class Floor(Ours):
-    """The arithmetic alone, on the same modules."""
-
-    def question(self, group):
-        lm, lengths = self.policy, torch.tensor([len(self.prompt.input_ids)])
-        rows, columns = torch.zeros(group, dtype=torch.long), torch.arange(group)
-        cache, said = DynamicCache(), []
-        with torch.no_grad():
-            logits = lm(pack_prompts([self.prompt], lm.prompts.audio_token_id), cache).expand(group, -1)
-            for step in range(1, NEW_TOKENS + 1):
-                said.append(logits.argmax(-1).unsqueeze(0))
-                if step < NEW_TOKENS:
-                    positions = torch.full((1, group), int(lengths) + step - 1)
-                    mask = decoding_mask(lengths, group, tokens=step)
-                    logits = lm(Tokens(said[-1], positions, mask, rows, columns), cache)
-        responses = list(torch.stack(said, -1)[0])
-        logps = lm.score([self.prompt], [responses]).logps
-        with torch.no_grad():
-            ref_logps = self.reference.score([self.prompt], [responses]).logps
-        plain_loss(logps, ref_logps, group).backward()
-        optimizer_step(lm, self.optimizer)
-
-
-PASSES = {"two passes": [1, 1], "one pass": [2]}
-SIDES = {"published": Published, "ours": Ours, "floor": Floor}
+SIDES = {"published": Published, "ours": Ours}
 
 
 def seconds(calls, repeat):
@@ -206,16 +172,13 @@ def seconds(calls, repeat):
 
 
 def bench_speed(folder, family, repeat):
-    sides = {name: side(folder) for name, side in SIDES.items()}
-    calls = {name: (lambda s=side: s.question(4)) for name, side in sides.items()}
-    calls["ours, G = 16"] = lambda: sides["ours"].question(16)
+    published, ours = Published(folder), Ours(folder)
+    calls = {"published": lambda: published.question(4), "ours": lambda: ours.question(4)}
+    calls["G = 16"] = lambda: ours.question(16)
     t = seconds(calls, repeat)
     goal = {"omni": "≥ 5.2", "qwen2audio": "≥ 14"}[family]
     row(f"seconds a question, published / ours, {family}", t["published"], t["ours"], goal)
-    row(f"ours / floor, {family}", t["ours"], t["floor"], "≤ 1.12")
-    row(f"ours at G = 16 / at G = 4, {family}", t["ours, G = 16"], t["ours"], "≤ 1.5")
-    t = seconds({n: partial(sides["ours"].questions, 4, passes) for n, passes in PASSES.items()}, repeat)
-    row(f"two questions, one each pass / in one pass, {family}", t["two passes"], t["one pass"], "≥ 1")
+    row(f"ours at G = 16 / at G = 4, {family}", t["G = 16"], t["ours"], "≤ 1.5")
 
 
 def bench_memory(folder, family, repeat):
@@ -249,22 +212,14 @@ def print_peak(folder, side, group):
 
 
 def bench_features(folder, family, repeat):
-    lm = load_model(folder)
-    clip = soundfile.read(folder / "clip.wav", dtype="float32")[0]
-    published = {}
-
-    def theirs():
-        published["features"] = lm.prompts.extractor(
-            clip, sampling_rate=16000, padding="max_length", return_attention_mask=True, return_tensors="pt"
-        )
-
-    torch.set_num_threads(1)  # as in a DataLoader worker
-    t = seconds({"published": theirs, "ours": lambda: lm.prompts.features(clip)}, max(repeat, 5))
-    ours, frames = lm.prompts.features(clip)
-    error = (published["features"].input_features[0, :, :frames] - ours[:, :frames]).abs().max().item()
-    goal = "≥ 20" if family == "omni" else "-"
-    row(f"seconds a clip's features, published / ours, {family}", t["published"], t["ours"], goal)
-    print(f"    largest difference of the features: {error:.1e}")
+    published = Published(folder)
+    clip = folder / "clip.wav"
+    waveform = soundfile.read(clip, dtype="float32")[0]
+    torch.set_num_threads(1)  # as beside a training process
+    calls = {"published": lambda: published.features([clip])}
+    calls["ours"] = lambda: published.lm.prompts.features(waveform)
+    t = seconds(calls, max(repeat, 5))
+    row(f"seconds a clip's features, published / ours, {family}", t["published"], t["ours"], "≥ 20, -")
 
 
 def bench_evaluation(folder, family, repeat):
@@ -278,46 +233,25 @@ def bench_evaluation(folder, family, repeat):
         clip = folder / f"eval-{i}.wav"
         soundfile.write(clip, rng.standard_normal(int(16_000 * length)).astype("float32") * 0.1, 16_000)
         questions.append(replace(the_question(folder), id=str(i), audio=str(clip)))
-
-    def theirs(batch):
-        clips = [soundfile.read(question.audio, dtype="float32")[0] for question in batch]
-        audio = ours.prompts.extractor(
-            clips, sampling_rate=16000, padding="max_length", return_attention_mask=True, return_tensors="pt"
-        )
-        ids = [torch.as_tensor(published.ids_of[question.id]) for question in batch]
-        width = max(map(len, ids))
-        mask = torch.stack([torch.arange(width) >= width - len(row) for row in ids]).long()
-        padded = torch.zeros(len(ids), width, dtype=torch.long)
-        padded[mask.bool()] = torch.cat(ids)
-        with torch.no_grad():
-            published.model.generate(
-                input_ids=padded, attention_mask=mask, input_features=audio.input_features,
-                feature_attention_mask=audio.attention_mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-                do_sample=False, pad_token_id=0,
-            )  # fmt: skip
-
-    published.ids_of = {q.id: ours.encode(q).input_ids for q in questions}  # tokens are not what is measured
-    args = argparse.Namespace(audio="real", seed=0, orders=1, batch_size=4)
-    batches = make_batches(questions, args)
-
+    ids_of = {q.id: ours.encode(q).input_ids for q in questions}  # tokens are not what is measured
+    batches = make_batches(questions, argparse.Namespace(audio="real", seed=0, orders=1, batch_size=4))
     lock = threading.Lock()
+
+    def all_of_theirs():
+        for batch in (questions[:16], questions[16:]):
+            ids = [ids_of[question.id].flip(0) for question in batch]
+            padded = pad_sequence(ids, batch_first=True, padding_value=-1).flip(1)
+            audio = published.features([question.audio for question in batch])
+            published.generate(padded.clamp(min=0), (padded >= 0).long(), audio, do_sample=False)
 
     def all_of_ours():
         for b in range(8):  # 32 in batches of 4 lie as close in length as 1,000 in batches of 64
             prompts = [encode(asked, ours.prompts, "real", lock) for asked in batches[b]]
             ours.generate(prompts, NEW_TOKENS)
 
-    calls = {
-        "published": lambda: [theirs(questions[i : i + 16]) for i in (0, 16)],
-        "ours": all_of_ours,
-    }
-    t = seconds(calls, repeat)
-    row(
-        f"questions a second in evaluation, ours / published, {family}",
-        32 / t["ours"],
-        32 / t["published"],
-        "≥ 3",
-    )
+    t = seconds({"published": all_of_theirs, "ours": all_of_ours}, repeat)
+    what = f"questions a second in evaluation, ours / published, {family}"
+    row(what, 32 / t["ours"], 32 / t["published"], "≥ 3")
 
 
 def row(what, left, right, goal):

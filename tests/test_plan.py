@@ -1,6 +1,7 @@
 """What a run takes, known before it starts: the arithmetic of the published models, and what the plan chooses."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,14 +16,13 @@ import plan
 import tiny
 from conftest import DATA
 from files import InputError
-from plan import GIB, UNKNOWN, choose_plan, find_card, lasting_bytes
-from train import main, parse
+from plan import DISK, GIB, choose_plan, find_card, lasting_bytes, step_seconds
+from train import FIRST_SAVE, main, parse
 from weights import empty_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 OMNI_7B, OMNI_3B, AUDIO_7B = "Qwen/Qwen2.5-Omni-7B", "Qwen/Qwen2.5-Omni-3B", "Qwen/Qwen2-Audio-7B-Instruct"
-SHORTER = 4  # times fewer layers, for what must be quick
 
 
 def dimensions(name: str) -> dict:
@@ -63,20 +63,22 @@ def choose(model, gpus: int, *options):
 # ---------------------------------------------------------------------------------------------- the choice
 
 
-PUBLISHED = [  # the README's rows: GPUs, card, more options, what is chosen, GiB a GPU
-    (8, "H100", [], "nothing given up; 1 a pass", 37),
-    (4, "A6000", [], "reshard; 2 a pass", 44),
-    (1, "H100", [], "cpu_offload on; 8 a pass", 76),
-    (1, "RTX4090", [], "checkpointing, cpu_offload on (reference too); 8 a pass", 21),
-    (1, "RTX4090", ["--lora", "64"], "checkpointing; 4 a pass", 21),
+PUBLISHED = [  # the README's rows: GPUs, card, more options, what is chosen, GiB a GPU, at most seconds a step
+    (8, "H100", [], "nothing given up; 1 a pass", 37, 0.5),
+    (4, "A6000", [], "cpu_offload moments; 2 a pass", 41, 6),
+    (1, "H100", [], "cpu_offload on; 8 a pass", 76, 7),
+    (1, "RTX4090", [], "checkpointing, cpu_offload on (reference too); 8 a pass", 21, 11),
+    (1, "RTX4090", ["--lora", 64], "checkpointing; 4 a pass", 21, 5),
 ]
 
 
 def test_the_published_rows_fit_and_are_what_is_chosen(models):
-    for gpus, card, options, layout, gib in PUBLISHED:
+    for gpus, card, options, layout, gib, seconds in PUBLISHED:
         chosen = choose(models(OMNI_7B), gpus, "--gpu", card, *options)
         assert not chosen.why_not() and str(chosen.layout) == layout
         assert sum(chosen.gpu.values()) / GIB == pytest.approx(gib, abs=1)
+        assert step_seconds(chosen) <= seconds
+        assert not chosen.lora or chosen.disk["checkpoints"] < 6e9
 
 
 def test_less_memory_gives_up_more_and_options_pin_what_is_chosen(models):
@@ -85,32 +87,39 @@ def test_less_memory_gives_up_more_and_options_pin_what_is_chosen(models):
         for memory in (640, 80, 48, 24):
             chosen = choose(models(name), 4, "--gpu", memory)
             assert sum(chosen.gpu.values()) <= (memory - 1.5) * GIB
-            seconds.append(plan.step_seconds(chosen))
+            seconds.append(step_seconds(chosen))
         assert seconds == sorted(seconds) and seconds[0] < seconds[-1]
-        assert (
-            str(choose(models(name), 4).layout) == "nothing given up; 2 a pass"
-        )  # where memory is no object
+        everything = choose(models(name), 4)  # where memory is no object
+        assert str(everything.layout) == "nothing given up; 2 a pass"
     pins = ["--reshard", "on", "--checkpointing", "on", "--cpu_offload", "moments", "--accumulation", 2]
-    assert (
-        str(choose(models(OMNI_3B), 4, *pins).layout)
-        == "reshard, checkpointing, cpu_offload moments; 1 a pass"
-    )
+    pinned = choose(models(OMNI_3B), 4, *pins)
+    assert str(pinned.layout) == "reshard, checkpointing, cpu_offload moments; 1 a pass"
+
+
+def test_a_tenth_of_a_run_on_8_h100_goes_to_checkpoints_at_most(models):
+    """Of 1000 steps, at the disk speed that the plan states: saved after 5 minutes, then every 20."""
+    chosen = choose(models(OMNI_7B), 8, "--gpu", "H100")
+    training = 1000 * step_seconds(chosen)
+    count = 1 + (training / 60 - FIRST_SAVE) // chosen.config.save_minutes
+    saving = count * chosen.disk["checkpoints"] / (chosen.config.keep + 1) / DISK
+    assert 0 < saving <= 0.1 * (training + saving)
 
 
 def test_a_card_is_found_by_the_drivers_name_and_by_a_persons():
-    for name, card in {
-        "NVIDIA RTX A6000": "A6000", "NVIDIA A100-SXM4-80GB": "A100-80", "NVIDIA A100-PCIE-40GB": "A100-40",
-        "NVIDIA H100 80GB HBM3": "H100", "NVIDIA L40S": "L40S", "NVIDIA GeForce RTX 4090": "RTX4090",
-        "NVIDIA RTX 6000 Ada Generation": "6000Ada", "4090": "RTX4090", "a100-80": "A100-80", "A100": "A100-40",
-        "6000ada": "6000Ada", "NVIDIA L40": UNKNOWN.name, "NVIDIA A10": UNKNOWN.name, "H20": UNKNOWN.name,
-        "NVIDIA GH200 480GB": UNKNOWN.name, "": UNKNOWN.name,
-    }.items():  # fmt: skip
-        assert find_card(name).name == card
+    for gib, names in {
+        47.5: ["NVIDIA RTX A6000", "a6000", "NVIDIA RTX 6000 Ada Generation", "6000ada"],
+        79.2: ["NVIDIA A100-SXM4-80GB", "a100-80", "NVIDIA H100 80GB HBM3"],
+        39.5: ["NVIDIA A100-PCIE-40GB", "A100"],
+        23.5: ["NVIDIA GeForce RTX 4090", "4090", "RTX3090"],
+        math.inf: ["NVIDIA L40", "NVIDIA A10", "H20", "NVIDIA GH200 480GB", ""],
+    }.items():
+        for name in names:
+            assert find_card(name).memory == (gib - 1.5) * GIB, name
 
 
 def test_the_numbers_of_designs_arithmetic(models, tmp_path):
     chosen = choose(models(OMNI_7B), 4, "--gpu", "A6000")
-    lasting = lasting_bytes(chosen.work, chosen.layout)
+    lasting = lasting_bytes(chosen)
     state = sum(value for what, value in lasting.items() if "fp32 shards" in what)
     assert state / GIB == pytest.approx(30.8, rel=0.01)
     assert lasting["reference"] / GIB == pytest.approx(3.84, rel=0.01)
@@ -118,17 +127,8 @@ def test_the_numbers_of_designs_arithmetic(models, tmp_path):
     with open(tmp_path / "model-1.safetensors", "wb") as file:
         file.truncate(22 * 10**9)  # the hub's 7B with its talker; it takes no room
     asked = ("--model", tmp_path, "--steps", 1000, "--save_model_every", 250)
-    for options, size in ((asked[:2], 22e9), (asked, 4 * 22e9), ((*asked, "--lora", 64), 4 * 22e9)):
-        disk = choose(models(OMNI_7B), 1, *options).disk
-        assert disk["model folders"] == size
-    assert disk["adapters"] == pytest.approx(4 * 0.65e9, rel=0.02)
-
-
-def test_lora_fits_on_small_cards_without_host_memory(models):
-    for name, gpus, memory in ((OMNI_7B, 1, 24), (OMNI_7B, 4, 24), (OMNI_7B, 1, 48), (OMNI_3B, 1, 16)):
-        chosen = choose(models(name), gpus, "--gpu", memory, "--lora", 32)
-        assert chosen.layout.offload == "off" and not chosen.why_not()
-        assert chosen.disk["checkpoints"] < 5e9
+    for options, size in ((asked[:2], 22e9), (asked, 4 * 22e9)):
+        assert choose(models(OMNI_7B), 1, *options).disk["model folders"] == size
 
 
 # ------------------------------------------------------------------------------------ what is printed, refused
@@ -169,7 +169,7 @@ def test_too_little_host_memory_is_refused_before_a_weight_is_read(models, monke
     ):
         choose_plan(models(OMNI_7B), 1, torch.bfloat16, config, CPU)
     monkeypatch.setattr(plan, "available_host_memory", lambda: 256 * GIB)
-    assert choose_plan(models(OMNI_7B), 1, torch.bfloat16, config, CPU).layout.offload == "all"
+    assert choose_plan(models(OMNI_7B), 1, torch.bfloat16, config, CPU).layout.offload.startswith("on")
 
 
 def test_a_containers_free_memory_is_without_the_files_that_were_read(tmp_path):
@@ -177,12 +177,11 @@ def test_a_containers_free_memory_is_without_the_files_that_were_read(tmp_path):
     files = {"proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {64 << 20} kB\n"}
     group = "sys/fs/cgroup"
     files[f"{group}/memory.max"] = f"{32 * GIB}\n"
-    files[f"{group}/memory.current"] = f"{30 * GIB}\n"
-    files[f"{group}/memory.stat"] = f"anon {9 * GIB}\ninactive_file {20 * GIB}\n"
+    files[f"{group}/memory.stat"] = f"anon {9 * GIB}\nfile {20 * GIB}\n"
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert plan.available_host_memory(tmp_path) == 22 * GIB
+    assert plan.available_host_memory(tmp_path) == 23 * GIB
     (tmp_path / group / "memory.max").write_text("max\n")
     assert plan.available_host_memory(tmp_path) == 64 * GIB
 
@@ -205,43 +204,32 @@ def check_step(folder: Path, gpus: int, clip_seconds: int, *options) -> tuple[fl
     step = json.loads(done.stdout.splitlines()[-1])
     planned = step["planned"]
     measured = step["measured"]
-    backward = max(planned["backward"], planned["end"])
-    parts = {"rollout": planned["rollout"], "policy scored": planned["loss"], "backward": backward}
-    for part, value in parts.items():
-        assert measured[part] <= value <= 1.1 * measured[part], (part, step)
+    assert all(measured[part] <= planned[part] for part in measured), step
     peak = max(measured.values())
-    assert peak <= max(planned.values()) <= 1.1 * peak, step
+    assert max(planned.values()) <= 1.1 * peak, step
     return peak / GIB, step["layout"]
 
 
-def shorter(config: dict) -> dict:
-    config = json.loads(json.dumps(config))
-    inner = config.get("thinker_config", config)
-    inner["text_config"]["num_hidden_layers"] //= SHORTER
-    inner["audio_config"]["encoder_layers"] //= SHORTER
-    return config
-
-
-def test_a_step_takes_what_the_plan_says_a_quarter_of_the_7b(tmp_path):
-    folder = checkpoint(tmp_path, shorter(dimensions(OMNI_7B)))
-    check_step(folder, 4, 10, "--reshard", "on", "--gpu", 48)
-
-
-ONE_CARD = {
-    "LoRA, recomputed": ["--lora", "64", "--checkpointing", "on", "--accumulation", "2"],
-    "LoRA, nothing given up": ["--lora", "64", "--checkpointing", "off", "--accumulation", "1"],
-    "LoRA, a question a pass": ["--lora", "64", "--checkpointing", "off", "--accumulation", "8"],
-    "moments in host memory": ["--cpu_offload", "moments"],
-    "all in host memory, the reference too": ["--gpu", "12"],  # what a 4090 has for the whole 7B
+PARTS = {  # of the 7B, a quarter as deep: GPUs, options
+    "resharded": (4, "--reshard on"),
+    "LoRA, recomputed": (1, "--lora 64 --checkpointing on --accumulation 2"),
+    "LoRA, nothing given up": (1, "--lora 64 --checkpointing off --accumulation 1"),
+    "moments in host memory": (1, "--cpu_offload moments"),
+    "all in host memory, the reference too": (1, "--gpu 12"),  # what a 4090 has for the whole 7B
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ONE_CARD)
-def test_a_step_on_one_card_takes_what_the_plan_says_a_quarter_of_the_7b(layout, tmp_path):
-    folder = checkpoint(tmp_path, shorter(dimensions(OMNI_7B)))
-    _, chosen = check_step(folder, 1, 10, "--gpu", "48", *ONE_CARD[layout])
-    assert ("reference too" in chosen) == ("reference too" in layout)
+@pytest.mark.parametrize(
+    "part", ["resharded", *(pytest.param(n, marks=pytest.mark.slow) for n in list(PARTS)[1:])]
+)
+def test_a_step_takes_what_the_plan_says_a_quarter_of_the_7b(part, tmp_path):
+    config = dimensions(OMNI_7B)
+    inner = config["thinker_config"]
+    inner["text_config"]["num_hidden_layers"] //= 4
+    inner["audio_config"]["encoder_layers"] //= 4
+    gpus, options = PARTS[part]
+    _, chosen = check_step(checkpoint(tmp_path, config), gpus, 10, "--gpu", "48", *options.split())
+    assert ("reference too" in chosen) == ("reference too" in part)
 
 
 @pytest.mark.slow
@@ -250,5 +238,4 @@ def test_a_step_on_one_card_takes_what_the_plan_says_a_quarter_of_the_7b(layout,
 def test_a_step_takes_what_the_plan_says(name, gpus, memory, clip_seconds, tmp_path):
     folder = checkpoint(tmp_path, dimensions(name))
     peak, _ = check_step(folder, gpus, clip_seconds, "--gpu", memory)
-    if gpus == 8:
-        assert peak <= 55  # with prompts of 950 tokens
+    assert gpus < 8 or peak <= 55  # with prompts of 950 tokens

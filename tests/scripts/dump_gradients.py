@@ -68,7 +68,7 @@ def main() -> None:
         "gradients": gradients,
         "responses": [everything[k] for k in sorted(everything)],
         "bytes": sizes,
-        "plan": plan.lasting_bytes(run.plan.work, run.layout),
+        "plan": plan.lasting_bytes(run.plan),
         "collectives": dict(COLLECTIVES),
         "groups": len(fsdp.groups(run.policy.model)) + 1,  # and the rest
     }

@@ -6,8 +6,8 @@ One process of a fake process group runs train.Run's own step. Weights and what 
 (a shape and a device); token ids and what is computed of them alone are real, so that prompts, masks and
 responses are packed as in a run. Every answer is as long as --max_new_tokens, of which two are drawn. The bytes
 of all live storages are counted after every operation. What the run keeps in host memory is left out, what it
-copies to the GPU on the way is added: all of it is on the "cpu" here. Prints one JSON object: the plan's bytes
-for each moment of a step, the most that was measured in each part.
+copies to the GPU on the way is added: all of it is on the "cpu" here. Prints one JSON object: the plan's bytes of
+the rollout and of what follows it, and the most that was measured there.
 """
 
 import gc
@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -48,21 +49,16 @@ class Memory:
         self.sizes = {}
         self.hosts = set()  # storages that a run has in host memory
 
-    def add(self, size: int) -> None:
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
     def track(self, tensor: torch.Tensor) -> None:
-        tensor = fsdp.local(tensor)
-        storage = tensor.untyped_storage()
+        storage = fsdp.local(tensor).untyped_storage()
         key = storage._cdata
         if key in self.hosts:
             return
         if key not in self.sizes:
             weakref.finalize(storage, self.free, key)
-        grown = storage.nbytes() - self.sizes.get(key, 0)
+        self.now += storage.nbytes() - self.sizes.get(key, 0)
         self.sizes[key] = storage.nbytes()
-        self.add(grown)
+        self.peak = max(self.peak, self.now)
 
     def free(self, key: int) -> None:
         self.now -= self.sizes.pop(key, 0)
@@ -72,6 +68,12 @@ class Memory:
         key = fsdp.local(tensor).untyped_storage()._cdata
         self.now -= self.sizes.pop(key, 0)
         self.hosts.add(key)
+
+    def most(self) -> int:
+        """Since this was last asked."""
+        peak = self.peak
+        self.peak = self.now
+        return peak
 
 
 class Watch(TorchDispatchMode):
@@ -91,9 +93,8 @@ class Watch(TorchDispatchMode):
         if tensors and not any(isinstance(fsdp.local(t), FakeTensor) or t.is_meta for t in tensors):
             return for_real(operation, *args, **kwargs)
         result = operation(*args, **kwargs)
-        made = isinstance(result, torch.Tensor) and not tensors
-        if made and not result.is_floating_point():  # made of nothing: positions, masks, counts
-            return for_real(operation, *args, **kwargs)
+        if not tensors and isinstance(result, torch.Tensor) and not result.is_floating_point():
+            return for_real(operation, *args, **kwargs)  # made of nothing: positions, masks, counts
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and isinstance(fsdp.local(leaf), FakeTensor):
                 self.memory.track(leaf)
@@ -109,9 +110,8 @@ def watch_fsdp(memory: Memory) -> None:
     """FSDP resizes storages behind the dispatcher, and copies from and to the host where there is one."""
     for name in ("alloc_storage", "free_storage"):
         for place in (fsdp_param, fsdp_group):
-            original = getattr(fsdp_param, name)
             if hasattr(place, name):
-                setattr(place, name, tracked(original, memory))
+                setattr(place, name, partial(track_after, getattr(fsdp_param, name), memory))
     inputs = fsdp_param.FSDPParam.all_gather_inputs.fget
 
     def copied_inputs(self):
@@ -133,12 +133,9 @@ def watch_fsdp(memory: Memory) -> None:
     fsdp_group.foreach_reduce = reduced
 
 
-def tracked(original, memory: Memory):
-    def changed(tensor):
-        original(tensor)
-        memory.track(tensor)
-
-    return changed
+def track_after(change, memory: Memory, tensor: torch.Tensor) -> None:
+    change(tensor)
+    memory.track(tensor)
 
 
 def to_empty(lm, *, device) -> None:
@@ -155,12 +152,14 @@ def to_empty(lm, *, device) -> None:
                 tensors[name] = empty
 
 
-def shorten_rollout(policy) -> None:
+def shorten_rollout(policy, memory: Memory, measured: dict) -> None:
     """Of the rollout run the prefill and one token; the others are made up."""
     generate = policy.generate
 
     def short(prompts, max_new_tokens, group_size, **named):
+        memory.most()
         generate(prompts, 2, group_size=group_size, **named)
+        measured["rollout"] = max(measured.get("rollout", 0), memory.most())
         with unset_fake_temporarily():
             response = torch.zeros(max_new_tokens, dtype=torch.int64)
         return [[response] * group_size] * len(prompts)
@@ -203,51 +202,34 @@ def main() -> None:
     run.dtype = torch.bfloat16
     run.hears = seconds > 0
     run.reward = accuracy_reward
-    marks = {}
+    measured = {}
     with FakeTensorMode(allow_non_fake_inputs=True), Watch(memory):
         run.load_models(seconds)
         run.make_optimizer()
+        kept = []
+        for state in run.optimizer.state.values():
+            kept += [state["exp_avg"], state["exp_avg_sq"]]
+        if run.layout.offload.startswith("on"):
+            kept += run.policy.parameters()
+        if "reference" in run.layout.offload:
+            kept += run.reference.parameters()
+        for tensor in kept * (run.layout.offload != "off"):
+            memory.on_host(tensor)
         for lm in (run.policy, run.reference):
             for parameter in getattr(lm, "parameters", list)():
                 memory.track(parameter)
-        kept = [state[name] for state in run.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        if run.layout.offload == "all":
-            kept += list(run.policy.parameters())
-        if run.layout.reference_on_host:
-            kept += list(run.reference.parameters())
-        if run.layout.offload != "off":
-            for tensor in kept:
-                memory.on_host(tensor)
         gc.collect()
-        marks["loaded"] = memory.now
-
-        def mark(target, name, what):
-            original = getattr(target, name)
-
-            def marked(*args, **kwargs):
-                memory.peak = memory.now
-                try:
-                    return original(*args, **kwargs)
-                finally:
-                    marks[what] = max(marks.get(what, 0), memory.peak)
-
-            setattr(target, name, marked)
-
-        shorten_rollout(run.policy)
-        mark(run.policy, "generate", "rollout")
-        mark(run.policy, "score", "policy scored")
-        if run.reference:
-            mark(run.reference, "score", "reference scored")
-        mark(torch.Tensor, "backward", "backward")
-        mark(run, "update", "update")
+        shorten_rollout(run.policy, memory, measured)
         count = config.batch // gpus
         with unset_fake_temporarily():
             asked = [question(run.policy, tokens, seconds) for _ in range(count)]
         run.take_step(asked)
-    planned = plan.moments(run.plan.work, run.layout)
-    planned = {name: sum(parts.values()) for name, parts in planned.items()}
-    found = {"layout": str(run.layout), "planned": planned, "measured": marks}
-    print(json.dumps(found))
+        measured["training"] = memory.most()
+    passing = plan.passing_bytes(run.plan)
+    lasting = sum(run.plan.gpu.values()) - max(passing.values())
+    training = lasting + max(passing["backward"], passing["end"])
+    planned = {"rollout": lasting + passing["rollout"], "training": training}
+    print(json.dumps({"layout": str(run.layout), "planned": planned, "measured": measured}))
 
 
 if __name__ == "__main__":
