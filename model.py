@@ -565,7 +565,7 @@ def hear_omni3(tower: nn.Module, clips: list[Prompt], device: torch.device) -> T
     embeddings = []
     for clip in clips:
         frames = torch.tensor([clip.frames])
-        features = clip.input_features.to(device, tower.conv2d1.weight.dtype)
+        features = clip.input_features[:, : clip.frames].to(device, tower.conv2d1.weight.dtype)
         x, _ = omni3.chunk_and_pad_features(features, frames, tower.n_window)
         x = x.unsqueeze(1)  # (chunks, 1, mels, frames)
         for convolution in (tower.conv2d1, tower.conv2d2, tower.conv2d3):
