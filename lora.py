@@ -10,7 +10,6 @@ policy is the base, the reference of Eq. 4: no second model is held. O/adapter i
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -20,13 +19,14 @@ from torch import Tensor, nn
 
 from files import InputError
 from model import AudioLM, Prompt, Scores
-from weights import door, read_small_file
+from weights import door, new_folder, read_small_file
 
 TARGET = r"(.*\.)?language_model\.layers\.\d+\.\w+\.(q|k|v|o|gate|up|down)_proj"  # whole names, as in PEFT
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PLAIN = {"peft_type": "LORA", "bias": "none"}  # what else PEFT can write is another function:
+PLAIN = {"peft_type": "LORA", "bias": "none"}
 OTHERS = ["alpha_pattern", "fan_in_fan_out", "modules_to_save", "rank_pattern", "use_dora", "use_rslora"]
+PLAIN |= dict.fromkeys(OTHERS)  # what else PEFT can write is another function
 
 
 class Pairs:
@@ -44,8 +44,8 @@ class Pairs:
         if not self.are_on:
             return output
         x = inputs[0]
-        A = linear.lora_A.weight.to(x.dtype)
-        B = linear.lora_B.weight.to(x.dtype)
+        A = linear.lora_A.to(x.dtype)
+        B = linear.lora_B.to(x.dtype)
         low = self.scale * F.linear(x, A)  # (..., rank)
         return output + F.linear(low, B)
 
@@ -56,7 +56,7 @@ class Pairs:
         if not re.fullmatch(TARGET, layer):
             return weight
         linear = self.lm.model.get_submodule(layer)
-        product = linear.lora_B.weight @ linear.lora_A.weight
+        product = linear.lora_B @ linear.lora_A
         return weight.float() + self.scale * product
 
     def score(self, prompts: list[Prompt], groups: list[list[Tensor]]) -> Scores:
@@ -74,26 +74,15 @@ class Hearing:
     def __init__(self, lm: AudioLM):
         self.hear = lm.hear
         self.audio = lm.prompts.audio_token_id
-        self.clips = []  # kept, so that no other clip gets such an id
-        self.heard = {}  # id of a clip -> its embeddings
+        self.heard = {}  # clip -> its embeddings
 
     def __call__(self, clips: list[Prompt]) -> Tensor:
-        ids = [id(clip) for clip in clips]
-        if not self.heard.keys() >= set(ids):
-            self.hear_all(clips)
-        return torch.cat([self.heard[one] for one in ids])
-
-    def hear_all(self, clips: list[Prompt]) -> None:
-        """Anew, even if some are known: with shards it is a collective, which all processes call alike."""
-        counts = []
-        for clip in clips:
-            is_audio = clip.input_ids == self.audio
-            counts.append(int(is_audio.sum()))
-        heard = self.hear(clips)
-        self.clips = clips
-        self.heard = {}
-        for clip, piece in zip(clips, heard.split(counts), strict=True):
-            self.heard[id(clip)] = piece
+        if not self.heard.keys() >= set(clips):
+            # All anew, even if some are known: with shards it is a collective, and all must call it alike.
+            counts = [int((clip.input_ids == self.audio).sum()) for clip in clips]
+            pieces = self.hear(clips).split(counts)
+            self.heard = dict(zip(clips, pieces, strict=True))
+        return torch.cat([self.heard[clip] for clip in clips])
 
 
 def attach(
@@ -110,13 +99,12 @@ def attach(
     for name, linear in list(lm.model.named_modules()):
         if not re.fullmatch(TARGET, name):
             continue
-        linear.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=lm.device)
-        linear.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=lm.device)
         bound = 1 / math.sqrt(linear.in_features)  # PEFT's
-        first = torch.empty(linear.lora_A.weight.shape)
-        first.uniform_(-bound, bound, generator=numbers)
-        linear.lora_A.weight.data.copy_(first)
-        linear.lora_B.weight.data.zero_()
+        A = torch.empty(rank, linear.in_features)
+        A.uniform_(-bound, bound, generator=numbers)
+        B = torch.zeros(linear.out_features, rank)
+        linear.lora_A = nn.Parameter(A.to(lm.device))
+        linear.lora_B = nn.Parameter(B.to(lm.device))
         linear.register_forward_hook(pairs)
     lm.merged = pairs.merged
     lm.hear = Hearing(lm)
@@ -128,7 +116,7 @@ def pair_weights(lm: AudioLM) -> dict[str, Tensor]:
     weights = {}
     for name, parameter in lm.model.named_parameters():
         if ".lora_" in name:
-            weights[f"base_model.model.{name}"] = parameter.detach()
+            weights[f"base_model.model.{name}.weight"] = parameter.detach()
     return weights
 
 
@@ -144,37 +132,27 @@ def save_adapter(pairs: Pairs, folder: Path, base: str) -> None:
         "bias": "none",
         "target_modules": TARGET,
     }
-    weights = pair_weights(pairs.lm)
-    scratch = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    data = save(weights, {"format": "pt"})
-    (scratch / WEIGHTS).write_bytes(data)
-    text = json.dumps(config, indent=2)
-    (scratch / CONFIG).write_text(text + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
+    weights = save(pair_weights(pairs.lm), {"format": "pt"})
+    with new_folder(folder) as scratch:
+        (scratch / WEIGHTS).write_bytes(weights)
+        (scratch / CONFIG).write_text(json.dumps(config, indent=2))
 
 
 def load_adapter(lm: AudioLM, folder: Path) -> None:
     """Put a saved adapter's pairs beside the model's layers. InputError if they are of another base."""
     config = read_small_file(folder, CONFIG)
-    unusual = [key for key in OTHERS if config.get(key)]
-    unusual += [key for key, value in PLAIN.items() if config.get(key) != value]
+    unusual = [key for key, value in PLAIN.items() if (config.get(key) or None) != value]
     if unusual:
         raise InputError(f"{folder}/{CONFIG} is missing, or not of a plain LoRA adapter: {unusual}")
     with door(folder, "holds no adapter that can be read"):
         halves = load_file(folder / WEIGHTS)
-        ranks = {half.shape[0] for name, half in halves.items() if "lora_A" in name}
-        if ranks != {config["r"]}:
-            raise InputError(f"{folder}: {CONFIG} says rank {config['r']}, {WEIGHTS} has {sorted(ranks)}")
         attach(lm, config["r"], config["lora_alpha"])
     wanted = {name: tuple(half.shape) for name, half in pair_weights(lm).items()}
     found = {name: tuple(half.shape) for name, half in halves.items() if half.is_floating_point()}
     if wanted != found:
         name, shape = min(wanted.items() ^ found.items())
         raise InputError(
-            f"{folder}: {name} {list(shape)} and this model do not fit: of another base, or no floats?"
+            f"{folder}: {name} {list(shape)} and this model do not fit: another base or rank, or no floats?"
         )
     for name, half in pair_weights(lm).items():
         half.copy_(halves[name])

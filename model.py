@@ -68,7 +68,7 @@ TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 # ------------------------------------------------------------------------------------------------- prompts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # eq: one is the other only if it is the same object
 class Prompt:
     """One question as the model reads it. The audio placeholder stands once per audio embedding."""
 
@@ -106,7 +106,6 @@ class PromptEncoder:
             self.controls = set(used) & self.tokenizer.added_tokens_decoder.keys()
             self.controls.add(self.audio_token_id)
         self.seconds = self.extractor.chunk_length * self.family.windows  # the published processor's maximum
-        self.longer_clips = 0
 
     def encode(
         self,
@@ -117,15 +116,18 @@ class PromptEncoder:
         """The prompt of Section III-A in the family's chat template, audio first.
 
         use_audio=False drops the audio tokens, markers included (Section IV-E). `waveform` (float32, 16 kHz)
-        is heard in place of the question's clip. Raises InputError if the clip cannot be read. The question's
-        text is tokenized apart, as text: "<|im_end|>" in a question ends nothing, "<|AUDIO|>" is no audio.
+        is heard in place of the question's clip, which is cut, with a warning, where the published processor
+        stops (300, 30, 600 s). Raises InputError if the clip cannot be read. The question's text is tokenized
+        apart, as text: "<|im_end|>" in a question ends nothing, "<|AUDIO|>" is no audio.
         """
         heard = []
         features = None
         frames = 0
         if use_audio and waveform is None and question.audio is not None:
             samples = load_audio(question.audio, self.seconds + 1)
-            waveform = self.cut(samples, question.audio)
+            waveform = samples[: self.seconds * 16_000]
+            if len(waveform) < len(samples):
+                log.warning("%s is longer than %d s: cut there", question.audio, self.seconds)
         if use_audio and waveform is not None:
             features, frames = self.features(waveform)
             count = audio_tokens(frames)
@@ -166,20 +168,6 @@ class PromptEncoder:
         frames = min(math.ceil(samples / HOP), features.shape[1])
         return features[:, : frames + LOOK_AHEAD], frames
 
-    def cut(
-        self,
-        waveform: np.ndarray,
-        path: str,
-    ) -> np.ndarray:
-        """The clip as far as the published processor hears it (300, 30, 600 s), with a warning."""
-        limit = self.seconds * 16_000
-        if len(waveform) > limit:
-            self.longer_clips += 1
-            log.warning(
-                "%s is longer than %d s: cut there (%d so far)", path, self.seconds, self.longer_clips
-            )
-        return waveform[:limit]
-
     def template(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
@@ -203,47 +191,28 @@ class Tokens:
 
     ids: Tensor  # (B, L) int64
     positions: Tensor  # (B, L) int64
-    mask: Tensor | None  # (B, 1, L, keys) bool: what each token sees; None for all before it
+    mask: Tensor | None  # (B, 1, L, keys) bool, on the device: what each token sees; None for all before it
     rows: Tensor  # (K,) int64: logits are computed after token (rows[k], columns[k])
     columns: Tensor  # (K,) int64
     clips: list[Prompt] = field(default_factory=list)  # in the order of their placeholders
     placeholders: Tensor | None = None  # (B, L) bool
 
 
-def clips_of(prompts: list[Prompt]) -> list[Prompt]:
-    return [prompt for prompt in prompts if prompt.input_features is not None]
-
-
-def lengths_of(prompts: list[Prompt]) -> Tensor:
-    return torch.tensor([len(prompt.input_ids) for prompt in prompts])
-
-
-def pack_prompts(
-    prompts: list[Prompt],
-    audio_token_id: int,
-) -> Tokens:
-    """B prompts as rows, padded behind (a causal mask hides the padding); logits after their last tokens."""
-    ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True)
-    return Tokens(
-        ids=ids,
-        positions=torch.arange(ids.shape[1]).expand_as(ids),
-        mask=None,
-        rows=torch.arange(len(prompts)),
-        columns=lengths_of(prompts) - 1,
-        clips=clips_of(prompts),
-        placeholders=ids == audio_token_id,
-    )
+def lengths_of(rows: list[Tensor]) -> Tensor:
+    return torch.tensor([len(row) for row in rows])
 
 
 def pack(
     prompts: list[Prompt],
     groups: list[list[Tensor]],
     audio_token_id: int,
+    device: torch.device,
 ) -> Tokens:
     """B rows [prompt, r1, ..., rG] (the picture above) for scoring; logits where responses are predicted.
 
     A response's last token predicts nothing and is left out. The logits' order: first the B rows' last prompt
-    tokens, which predict the first token of every response; then all other places, row by row.
+    tokens, which predict the first token of every response; then all other places, row by row. With groups of
+    no responses, the prompts alone: all is causal, and no mask is needed.
     """
     all_ids = []
     all_positions = []
@@ -252,30 +221,37 @@ def pack(
         n = len(prompt.input_ids)
         ids = [prompt.input_ids]
         positions = [torch.arange(n)]
-        segments = [torch.full((n,), -1)]  # -1: the prompt, i: response i
-        for i, response in enumerate(group):
-            more = len(response) - 1
+        for response in group:
             ids.append(response[:-1])
-            positions.append(torch.arange(n, n + more))
-            segments.append(torch.full((more,), i))
+            positions.append(torch.arange(n, n + len(response) - 1))
         all_ids.append(torch.cat(ids))
         all_positions.append(torch.cat(positions))
-        all_segments.append(torch.cat(segments))
+        segments = torch.arange(-1, len(group))  # -1: the prompt, i: response i
+        all_segments.append(segments.repeat_interleave(lengths_of(ids)))
     ids = pad_sequence(all_ids, batch_first=True)
     segments = pad_sequence(all_segments, batch_first=True, padding_value=-2)
-    keys = segments.unsqueeze(1)
-    queries = segments.unsqueeze(2)
-    sees = (keys == -1) | (keys == queries)  # the padding sees itself: a row that sees nothing would be NaN
     more_rows, more_columns = (segments >= 0).nonzero(as_tuple=True)
+    in_prompt = segments == -1
+    mask = None
+    if any(groups):
+        mask = scoring_mask(segments.to(device))
     return Tokens(
         ids=ids,
         positions=pad_sequence(all_positions, batch_first=True),
-        mask=sees.tril().unsqueeze(1),
+        mask=mask,
         rows=torch.cat([torch.arange(len(prompts)), more_rows]),
-        columns=torch.cat([lengths_of(prompts) - 1, more_columns]),
-        clips=clips_of(prompts),
-        placeholders=(ids == audio_token_id) & (segments == -1),  # a response may say the token
+        columns=torch.cat([in_prompt.sum(-1) - 1, more_columns]),
+        clips=[prompt for prompt in prompts if prompt.input_features is not None],
+        placeholders=(ids == audio_token_id) & in_prompt,  # a response may say the token
     )
+
+
+def scoring_mask(segments: Tensor) -> Tensor:
+    """(B, L) -> (B, 1, L, L): each token sees the prompt and its own segment, as far as itself."""
+    keys = segments.unsqueeze(1)
+    queries = segments.unsqueeze(2)
+    sees = (keys == -1) | (keys == queries)  # the padding sees itself: a row that sees nothing would be NaN
+    return sees.tril().unsqueeze(1)
 
 
 def decoding_mask(lengths: Tensor, group_size: int, *, tokens: int) -> Tensor:
@@ -317,23 +293,13 @@ class AudioLM(nn.Module):
         self.device = torch.device("cpu")  # where it computes; sharded weights may lie elsewhere
         with door(folder / "generation_config.json"):
             self.eos = end_tokens(folder, prompts.tokenizer)
-        embedding = model.model.language_model.embed_tokens
-        self.is_tied = model.lm_head.weight is embedding.weight
+        self.encode = prompts.encode  # question -> Prompt
         # Set from outside:
         self.gathered = contextlib.nullcontext  # fsdp.shard: keeps the weights whole while drawing
         self.lockstep = False  # fsdp.shard: a forward pass is a collective, so ranks must do equally many
         self.merged = unchanged  # lora.attach: (parameter's name, whole weight) -> the weight to save
         self.hear = self.hear_clips  # lora.attach: what the frozen encoder made of the last clips is kept
         self.eval()
-
-    def encode(
-        self,
-        question: Question,
-        use_audio: bool = True,
-        waveform: np.ndarray | None = None,
-    ) -> Prompt:
-        """See `PromptEncoder.encode`."""
-        return self.prompts.encode(question, use_audio, waveform)
 
     def decode(self, tokens: Tensor) -> str:
         return self.prompts.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -351,19 +317,15 @@ class AudioLM(nn.Module):
             heard = self.hear(tokens.clips)  # (placeholders, hidden)
             places = tokens.placeholders.to(device).unsqueeze(-1)
             embeddings = embeddings.masked_scatter(places, heard.to(embeddings.dtype))
-        mask = tokens.mask
-        if mask is not None:
-            mask = mask.to(device)
         hidden = network(
             inputs_embeds=embeddings,
-            attention_mask=mask,  # of four dimensions: taken as it is; None means causal
+            attention_mask=tokens.mask,  # of four dimensions: taken as it is; None means causal
             position_ids=tokens.positions.to(device),
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
-        rows = tokens.rows.to(device)
-        columns = tokens.columns.to(device)
-        return self.model.lm_head(hidden[rows, columns]).float()
+        wanted = hidden[tokens.rows.to(device), tokens.columns.to(device)]
+        return self.model.lm_head(wanted).float()
 
     def hear_clips(self, clips: list[Prompt]) -> Tensor:
         """Clips -> (all their audio tokens, hidden), computed over what is heard and nothing else."""
@@ -393,21 +355,24 @@ class AudioLM(nn.Module):
         B = len(prompts)
         G = group_size
         device = self.device
-        lengths = lengths_of(prompts).to(device)
+        lengths = lengths_of([prompt.input_ids for prompt in prompts]).to(device)
         rows = torch.arange(B).repeat_interleave(G)
         columns = torch.arange(G).repeat(B)
         eos = self.eos.to(device)
         done = torch.zeros(B, G, dtype=torch.bool, device=device)
+        counts = torch.zeros(B, G, dtype=torch.int64, device=device)  # tokens of each response
         said = []
         with self.gathered():
             cache = DynamicCache()
-            logits = self(pack_prompts(prompts, self.prompts.audio_token_id), cache)  # prefill: (B, V)
+            prefill = pack(prompts, [[]] * B, self.prompts.audio_token_id, device)
+            logits = self(prefill, cache)  # (B, V)
             if temperature == 0 and not logits.isfinite().all():  # argmax would answer all the same
                 raise InputError(f"{self.folder}: the model's predictions are not finite numbers")
             logits = logits.unsqueeze(1).expand(-1, G, -1)  # (B, G, V)
             for count in range(1, max_new_tokens + 1):
                 newest = draw(logits, temperature, generators)
                 said.append(newest)
+                counts = counts + ~done
                 done = done | torch.isin(newest, eos)
                 if count == max_new_tokens or self.all_done(done):
                     break
@@ -416,10 +381,9 @@ class AudioLM(nn.Module):
                 mask = decoding_mask(lengths, G, tokens=count)
                 logits = self(Tokens(newest, positions, mask, rows, columns), cache)
                 logits = logits.view(B, G, -1)
-        groups = []
-        for group in torch.stack(said, dim=-1).cpu():  # (G, T)
-            groups.append([until_eos(response, self.eos) for response in group])
-        return groups
+        drawn = torch.stack(said, dim=-1).flatten(0, 1).cpu()  # (B * G, T)
+        responses = [row[:count] for row, count in zip(drawn, counts.flatten().tolist(), strict=True)]
+        return [responses[b * G : (b + 1) * G] for b in range(B)]
 
     def all_done(self, done: Tensor) -> bool:
         finished = done.all().int()
@@ -433,7 +397,7 @@ class AudioLM(nn.Module):
         groups: list[list[Tensor]],
     ) -> Scores:
         """log pi(o_t | q, o_<t) of Eq. 3 for B groups of G responses, in one pass over B rows."""
-        logits = self(pack(prompts, groups, self.prompts.audio_token_id))
+        logits = self(pack(prompts, groups, self.prompts.audio_token_id, self.device))
         return score_logits(logits, groups)
 
     def save(
@@ -471,53 +435,40 @@ def draw(
     return torch.stack(drawn).squeeze(-1)
 
 
-def until_eos(
-    response: Tensor,
-    eos: Tensor,
-) -> Tensor:
-    ends = torch.isin(response, eos).nonzero()
-    if len(ends) == 0:
-        return response
-    return response[: int(ends[0]) + 1]
-
-
 def score_logits(
     logits: Tensor,
     groups: list[list[Tensor]],
 ) -> Scores:
     """The logits of `pack`'s places -> log-probs and entropies of the B x G responses."""
-    device = logits.device
-    B = len(groups)
     G = len(groups[0])
-    responses = []
-    for group in groups:
-        responses += group
-    lengths = torch.tensor([len(response) for response in responses])
-    first = torch.stack([response[0] for response in responses])
-    rest = torch.cat([response[1:] for response in responses])
+    B = len(groups)
+    device = logits.device
+    responses = sum(groups, [])
+    lengths = lengths_of(responses)
+    tokens = pad_sequence(responses, batch_first=True)  # (B * G, T)
+    mask = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
+    later = mask[:, 1:]  # all but the first tokens
+    later_tokens = tokens[:, 1:][later]
+
+    def spread(first: Tensor, rest: Tensor) -> Tensor:
+        """What was found for the first tokens (B * G,) and for all later ones -> (B * G, T)."""
+        empty = rest.new_zeros(later.shape)
+        rest = empty.masked_scatter(later.to(device), rest)
+        return torch.cat([first.unsqueeze(1), rest], dim=1)
+
     # The G first tokens of a prompt share one row. Expanding it sums their gradients in a fixed order;
     # indexing it G times would add them atomically, in another order every run.
     first_logits = logits[:B].unsqueeze(1).expand(-1, G, -1)
     first_logits = first_logits.flatten(0, 1)  # (B * G, V)
-    first_logps = -F.cross_entropy(first_logits, first.to(device), reduction="none")
-    rest_logps = -F.cross_entropy(logits[B:], rest.to(device), reduction="none")
+    first_logps = -F.cross_entropy(first_logits, tokens[:, 0].to(device), reduction="none")
+    later_logps = -F.cross_entropy(logits[B:], later_tokens.to(device), reduction="none")
     with torch.no_grad():  # 64 rows at a time: an entropy needs three more arrays of the logits' size
         entropies = torch.cat([entropy_of(part) for part in logits.split(64)])
-    first_entropy = entropies[:B].repeat_interleave(G)
-    more = (lengths - 1).tolist()
-    rest_of = rest_logps.split(more)
-    spread_of = entropies[B:].split(more)
-    rows = []
-    entropy = []
-    for i in range(B * G):
-        rows.append(torch.cat([first_logps[i : i + 1], rest_of[i]]))
-        total = first_entropy[i] + spread_of[i].sum()
-        entropy.append(total / (more[i] + 1))
-    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    entropies = spread(entropies[:B].repeat_interleave(G), entropies[B:])
     return Scores(
-        logps=pad_sequence(rows, batch_first=True),
+        logps=spread(first_logps, later_logps),
         mask=mask.to(device),
-        entropy=torch.stack(entropy),
+        entropy=entropies.sum(-1) / lengths.to(device),
     )
 
 
@@ -635,10 +586,9 @@ def end_tokens(
 ) -> Tensor:
     """Ids that end a response: <|im_end|> and what the checkpoint's generation config names."""
     named = read_small_file(folder, "generation_config.json").get("eos_token_id", [])
-    if not isinstance(named, list):
-        named = [named]
-    ends = {tokenizer.convert_tokens_to_ids("<|im_end|>"), *named}
-    return torch.tensor(sorted(ends))
+    named = torch.tensor(named, dtype=torch.int64).flatten()  # one id, or a list
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return torch.cat([torch.tensor([end]), named])
 
 
 def empty_lm(
@@ -669,9 +619,7 @@ def load_weights(
     """
     lm.device = torch.device(compute)
     lm.to_empty(device=storage)
-    if lm.is_tied:  # to_empty has made two parameters of it
-        embedding = lm.model.model.language_model.embed_tokens
-        lm.model.lm_head.weight = embedding.weight
+    lm.model.tie_weights()  # where config.json says so: to_empty has made two parameters of one
     for module in lm.model.modules():
         if next(module.buffers(recurse=False), None) is not None:  # rotary and sinusoid tables are in no file
             lm.model._init_weights(module)
