@@ -94,27 +94,38 @@ def kind(name):
 
 
 def synthesize(name, rng, rate=16_000, seconds=1.0):
-    """One clip of a content, float32 (n,): one of 5 pitches, sounding in one of 3 ways.
-
-    Music is the pitch with overtones, a sound is noise around it, speech a buzz in which it is the vowel.
-    Pitch, phase, level and noise differ from clip to clip.
-    """
-    alike = [other for other in NAMES if kind(other) == kind(name)]
-    number = alike.index(name)
-    samples = int(rate * seconds)
-    t = np.arange(samples) / rate
-    pitch = (180, 330, 600, 1100, 2000)[number % 5] * rng.uniform(0.97, 1.03)
-    if kind(name) == "music":
-        x = np.sin(2 * np.pi * pitch * t) + np.sin(6 * np.pi * pitch * t) / 2
-    else:
-        buzz = t * rng.uniform(95, 105) % 1 - 0.5
-        source = buzz if kind(name) == "speech" else rng.standard_normal(samples)
-        distance = (np.fft.rfftfreq(samples, 1 / rate) - pitch) / pitch
-        x = np.fft.irfft(np.fft.rfft(source) * np.exp(-((5 * distance) ** 2)), samples)
-    beats = (0, 4, 12)[number // 5]
-    x *= 1 + 0.9 * np.sin(2 * np.pi * (beats * t + rng.uniform()))
-    x *= rng.uniform(0.2, 0.7) / np.abs(x).max()
-    return (x + rng.standard_normal(samples) * 0.005).astype("float32")
+    """One clip of a content, float32 (n,): pitch, level and noise differ from clip to clip."""
+    index = NAMES.index(name)
+    t = np.arange(int(rate * seconds)) / rate
+    detune, phase = rng.uniform(0.97, 1.03), rng.uniform(0, 2 * np.pi)
+    if kind(name) == "sound":  # noise in one of 4 bands, steady or beating at one of 2 rates
+        place, beat = index % 4, index // 4 % 3
+        center = (300, 800, 2000, 4500)[place] * detune
+        spectrum = np.fft.rfft(rng.standard_normal(len(t)))
+        frequency = np.fft.rfftfreq(len(t), 1 / rate)
+        x = np.fft.irfft(spectrum * np.exp(-(((frequency - center) / (0.2 * center)) ** 2)), len(t))
+        x *= (
+            1,
+            0.5 + 0.5 * np.sin(2 * np.pi * 4 * t + phase),
+            0.5 + 0.5 * np.sin(2 * np.pi * 12 * t + phase),
+        )[beat]
+    elif kind(name) == "music":  # one of 5 pitches, held with odd harmonics or plucked with all
+        index -= NAMES.index("drum")
+        pitch, plucked = (180, 330, 600, 1100, 2000)[index % 5] * detune, index // 5
+        harmonics = range(1, 6) if plucked else range(1, 10, 2)
+        x = sum(np.sin(2 * np.pi * pitch * h * t + phase * h) / h for h in harmonics if pitch * h < 7500)
+        x *= np.exp(-4 * (t % 0.5)) if plucked else 1
+    else:  # a buzz of one of 4 voices through one of 2 vowels, in syllables
+        index -= NAMES.index("man")
+        pitch, vowel = (100, 160, 260, 420)[index % 4] * detune, index // 4
+        formants = ((700, 1200), (300, 2500))[vowel]
+        x = 0
+        for h in range(1, int(4000 / pitch)):
+            gain = sum(np.exp(-(((pitch * h - f) / 150) ** 2)) for f in formants)
+            x = x + gain * np.sin(2 * np.pi * pitch * h * t + phase * h)
+        x *= 0.6 + 0.4 * np.sin(2 * np.pi * 5 * t + phase)
+    x = x / np.abs(x).max() * rng.uniform(0.2, 0.7)
+    return (x + rng.standard_normal(len(t)) * 0.005).astype("float32")
 
 
 def write_clip(folder, stem, names, rng, number):
@@ -341,7 +352,7 @@ def pretraining_examples(lm, rng, noise, count):
                 clip = synthesize(right, noise)
             elif not hinted:
                 right = choices[0]
-        unclear = 0.6 if text.startswith(SHY) else 0.0
+        unclear = 0.7 if text.startswith(SHY) else 0.0
         asked = Question(str(i), text, tuple(choices), right, None, {})
         examples.append((lm.encode(asked, waveform=clip), right, unclear))
     return examples
@@ -379,11 +390,11 @@ def fit(lm, examples, rng, steps, batch, peak_rate):
 def train_base(folder, rng, noise, effort, rate):
     """First to hear, then to read the choices, then both, with "unclear" said too often."""
     lm = load_model(folder)
-    examples = pretraining_examples(lm, rng, noise, 480)
+    examples = pretraining_examples(lm, rng, noise, 600)
     texts = [(prompt, right, 0.0) for prompt, right, _ in examples if prompt.input_features is None]
-    fit(lm, heard_alone(lm, examples), rng, round(40 * effort), 16, rate)
-    fit(lm, texts, rng, round(50 * effort), 16, rate)
-    fit(lm, examples, rng, round(70 * effort), 16, rate)
+    fit(lm, heard_alone(lm, examples), rng, round(80 * effort), 16, rate)
+    fit(lm, texts, rng, round(60 * effort), 16, rate)
+    fit(lm, examples, rng, round(100 * effort), 16, rate)
     lm.save(folder)
 
 
