@@ -38,12 +38,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase, WhisperFeatureExtractor
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
+from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as omni3
 
 from data import Question, load_audio, prompt_text
 from files import InputError
 from weights import (
     FAMILIES,
     OMNI,
+    QWEN3_OMNI,
     check_weights,
     door,
     empty_model,
@@ -59,7 +61,7 @@ log = logging.getLogger("omni_r1")
 HOP = 160  # samples between two mel frames at 16 kHz
 LOOK_AHEAD = 2  # frames after the clip that the last embedding depends on: two convolutions look one ahead
 WINDOW = 3000  # frames of the 30 s that a Whisper encoder takes at once
-HEAD = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+USER = "<|im_start|>user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -96,7 +98,7 @@ class PromptEncoder:
             )
             self.extractor = WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
             # Once: to switch between template and text would set the tokenizer's state, which threads share.
-            self.head = self.template(HEAD)
+            self.head = self.template(self.family.system + USER)
             self.before_audio = self.template(self.family.before_audio)
             self.after_audio = self.template(self.family.after_audio)
             self.tail = self.template(TAIL)
@@ -128,7 +130,10 @@ class PromptEncoder:
                 log.warning("%s is longer than %d s: cut there", question.audio, self.seconds)
         if use_audio and waveform is not None:
             features, frames = self.features(waveform)
-            placeholders = [self.audio_token_id] * audio_tokens(frames)
+            count = audio_tokens(frames)
+            if self.family is QWEN3_OMNI:
+                count = omni3._get_feat_extract_output_lengths(frames)
+            placeholders = [self.audio_token_id] * count
             heard = self.before_audio + placeholders + self.after_audio
         asked = self.plain(prompt_text(question, self.prompt))
         ids = self.head + heard + asked + self.tail
@@ -142,8 +147,13 @@ class PromptEncoder:
         the maximum of each window, is in the clip.
         """
         longest = self.extractor.chunk_length * 16_000
+        silence = 5 * HOP
+        if self.family is QWEN3_OMNI:  # its processor pads nothing, and takes no clip apart
+            longest = self.seconds * 16_000
+            silence = 0
         samples = max(len(waveform), 3 * HOP)  # the shortest clip that gives one audio embedding
-        padded = F.pad(torch.as_tensor(waveform), (0, samples + 5 * HOP - len(waveform)))
+        padding = samples + silence - len(waveform)
+        padded = F.pad(torch.as_tensor(waveform), (0, padding))
         windows = []
         for start in range(0, samples, longest):
             batch = self.extractor(
@@ -154,8 +164,8 @@ class PromptEncoder:
                 return_tensors="pt",
             )
             windows.append(batch.input_features[0])
-        frames = math.ceil(samples / HOP)
         features = torch.cat(windows, dim=1)
+        frames = min(math.ceil(samples / HOP), features.shape[1])
         return features[:, : frames + LOOK_AHEAD], frames
 
     def template(self, text: str) -> list[int]:
@@ -311,7 +321,7 @@ class AudioLM(nn.Module):
             embeddings = embeddings.masked_scatter(places, heard.to(embeddings.dtype))
         hidden = network(
             inputs_embeds=embeddings,
-            attention_mask={"full_attention": tokens.mask},  # a dict is taken as it is; None means causal
+            attention_mask=tokens.mask,  # of four dimensions: taken as it is; None means causal
             position_ids=tokens.positions.to(device),
             past_key_values=cache,
             use_cache=cache is not None,
@@ -324,6 +334,8 @@ class AudioLM(nn.Module):
         network = self.model.model
         if self.prompts.family is OMNI:
             return hear_omni(network.audio_tower, clips, self.device)
+        if self.prompts.family is QWEN3_OMNI:
+            return hear_omni3(network.audio_tower, clips, self.device)
         heard = hear_whisper(network.audio_tower, clips, self.device)
         return network.multi_modal_projector(heard)
 
@@ -513,6 +525,35 @@ def attend_in_chunks(
 
 
 omni.ALL_ATTENTION_FUNCTIONS.register("chunks", attend_in_chunks)
+
+
+def hear_omni3(tower: nn.Module, clips: list[Prompt], device: torch.device) -> Tensor:
+    """Qwen3-Omni's encoder on clips of any length: (all audio tokens, hidden).
+
+    Convolutions see chunks of 1 s, clip by clip: beside a longer clip a short one would be padded, and its
+    last embedding another. The layers see all clips at once, each in windows of 8 s.
+    """
+    embeddings = []
+    for clip in clips:
+        frames = torch.tensor([clip.frames])
+        features = clip.input_features[:, : clip.frames].to(device, tower.conv2d1.weight.dtype)
+        x, _ = omni3.chunk_and_pad_features(features, frames, tower.n_window)
+        x = x.unsqueeze(1)  # (chunks, 1, mels, frames)
+        for convolution in (tower.conv2d1, tower.conv2d2, tower.conv2d3):
+            x = F.gelu(convolution(x))
+        x = tower.conv_out(x.permute(0, 3, 1, 2).flatten(2))
+        places = tower.positional_embedding(x.shape[1])
+        x = x + places.to(x.dtype)
+        count = omni3._get_feat_extract_output_lengths(clip.frames)  # the last chunk is padded
+        embeddings.append(x.flatten(0, 1)[:count])
+    lengths = torch.tensor([clip.frames for clip in clips])
+    whole_chunk = torch.tensor([2 * tower.n_window])
+    windows = omni3.get_audio_cu_seqlens(whole_chunk, lengths, tower.n_window_infer, tower.n_window)
+    x = torch.cat(embeddings)
+    for layer in tower.layers:
+        (x,) = layer(x, windows)
+    x = tower.proj1(tower.ln_post(x))
+    return tower.proj2(tower.act(x))
 
 
 def hear_whisper(

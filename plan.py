@@ -100,7 +100,9 @@ class Plan:
     lora: int  # the pairs' rank
     whole: int
     pairs_of_rank_1: int  # LoRA's
-    vocabulary: int  # the larger of its two matrices, the largest part that is gathered at a time
+    active: int  # of them those that a token meets: of a layer's experts a few
+    vocabulary: int  # the larger of its two matrices
+    layer: int  # of the decoder; that or the vocabulary is the largest part that is gathered at a time
     text: object  # the decoder's config
     audio: object | None  # the tower's config
 
@@ -190,16 +192,16 @@ def passing_bytes(plan: Plan) -> dict[str, float]:
     size = plan.dtype.itemsize
     sharded = layout.reshard or not plan.lora
     whole = size * plan.whole * sharded
-    vocabulary = plan.vocabulary * sharded
+    largest = max(plan.vocabulary, plan.layer) * sharded
     # Its gradients in fp32, this process's part of their sum, and as they were computed.
-    reducing = (4 + 4 / plan.gpus + size * (plan.gpus > 1)) * vocabulary
+    reducing = (4 + 4 / plan.gpus + size * (plan.gpus > 1)) * largest
     drawing = (
-        whole + 2 * size * vocabulary
-    )  # being gathered, beside the layer before it or in fp32 from the host
+        whole + 2 * size * largest
+    )  # that is gathered beside the layer before it, or in fp32 from the host
     if layout.reshard:
-        whole = size * vocabulary * (plan.gpus > 1)  # the last buffer
+        whole = size * largest * (plan.gpus > 1)  # the last buffer
         if not layout.gathered_rollout:
-            drawing = 3 * size * vocabulary
+            drawing = 3 * size * largest
     gradients = 4 * plan.whole / plan.gpus
     if plan.lora or layout.offload.startswith("on"):
         gradients = 0.0  # with the pairs, or in host memory
@@ -209,9 +211,14 @@ def passing_bytes(plan: Plan) -> dict[str, float]:
     # decoder makes of them, and what is kept of it.
     in_pass = size * layout.questions_per_pass
     tokens = in_pass * (TEXT + 25 * plan.clip_seconds + config.group_size * config.max_new_tokens)
-    heads = text.num_key_value_heads / text.num_attention_heads
-    cache = 2 * tokens * text.hidden_size * heads * text.num_hidden_layers
-    layer = tokens * (13 * text.hidden_size + 4 * text.intermediate_size)
+    keys = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = 2 * tokens * text.num_hidden_layers * text.num_key_value_heads * keys
+    inner = 4 * text.intermediate_size
+    experts = getattr(text, "num_experts_per_tok", 0)
+    if experts:  # each has its own copy of what it reads and says
+        copies = 1 if plan.lora else 2
+        inner = experts * (4 * text.moe_intermediate_size + copies * text.hidden_size)
+    layer = tokens * (13 * text.hidden_size + inner)
     kept = layer
     again = 0.0
     if layout.checkpointing:
@@ -224,7 +231,8 @@ def passing_bytes(plan: Plan) -> dict[str, float]:
             heard = plan.audio.d_model
         activations += in_pass * 50 * plan.clip_seconds * heard * plan.audio.encoder_layers
     logits = 12 * layout.questions_per_pass * config.group_size * config.max_new_tokens * text.vocab_size
-    last = max(reducing, again + 0.6 * reducing, logits)  # a layer is about half the vocabulary's size
+    share = max(0.6, plan.layer / max(plan.vocabulary, plan.layer))  # a dense layer is half the vocabulary
+    last = max(reducing, again + share * reducing, logits)
     return {
         "rollout": drawing + cache + 0.6 * layer,
         "backward": whole + gradients * repeated + activations + last,
@@ -257,6 +265,10 @@ def choose_plan(
         card = min(fsdp.gather_objects(card), key=lambda card: card.memory)
         host_memory = min(fsdp.gather_objects(host_memory))
     decoder = model.model.language_model
+    text = model.config.get_text_config()
+    whole = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for p in decoder.layers.parameters() if p.ndim == 3)
+    linears = [layer for layer in decoder.layers.modules() if isinstance(layer, torch.nn.Linear)]
     tower = getattr(model.model, "audio_tower", None)
     chosen = best(
         Plan(
@@ -268,10 +280,14 @@ def choose_plan(
             dtype=dtype,
             clip_seconds=clip_seconds * (tower is not None),
             lora=config.lora,
-            whole=sum(p.numel() for p in model.parameters()),
-            pairs_of_rank_1=sum(sum(p.shape) for p in decoder.layers.parameters() if p.ndim > 1),
+            whole=whole,
+            pairs_of_rank_1=sum(layer.in_features + layer.out_features for layer in linears),
+            active=whole
+            - experts
+            + experts * getattr(text, "num_experts_per_tok", 1) // getattr(text, "num_experts", 1),
             vocabulary=model.lm_head.weight.numel(),
-            text=model.config.get_text_config(),
+            layer=sum(p.numel() for p in decoder.layers[0].parameters()),
+            text=text,
             audio=getattr(tower, "config", None),
         )
     )
@@ -378,7 +394,9 @@ def step_seconds(plan: Plan) -> float:
     tokens = plan.questions * (60 + 25 * plan.clip_seconds + plan.config.group_size * answer)
     forwards = 3 + layout.checkpointing  # rollout, policy, reference; the backward is two
     launching = passes * 44 * plan.text.num_hidden_layers * 15e-6
-    computing = (forwards + 2) * 2 * plan.whole * tokens / (0.42 * plan.card.flops) + 2 * forwards * launching
+    computing = (forwards + 2) * 2 * plan.active * tokens / (
+        0.42 * plan.card.flops
+    ) + 2 * forwards * launching
     gathers = 1
     if layout.reshard:
         gathers = 3 * passes

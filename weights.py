@@ -7,6 +7,7 @@ who holds which rows of them in fsdp.py.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import warnings
@@ -30,6 +31,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2AudioForConditionalGeneration,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
     logging,
 )
 
@@ -63,18 +65,23 @@ class Family:
     names: tuple[tuple[str, str], ...]  # (prefix of transformers' parameter names, prefix in the hub's files)
     before_audio: str  # chat template around the audio tokens, as published
     after_audio: str
+    system: str = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # its template's own
     windows: int = 1  # how many times the feature extractor's length the processor hears
 
 
-OMNI = Family(
-    Qwen2_5OmniThinkerForConditionalGeneration,
-    (
-        ("model.language_model.", "model."),
-        ("model.audio_tower.", "audio_tower."),
-        ("model.visual.", "visual."),
-    ),
-    "<|audio_bos|>",
-    "<|audio_eos|>",
+OMNI_NAMES = (
+    ("model.language_model.", "model."),
+    ("model.audio_tower.", "audio_tower."),
+    ("model.visual.", "visual."),
+)
+OMNI = Family(Qwen2_5OmniThinkerForConditionalGeneration, OMNI_NAMES, "<|audio_bos|>", "<|audio_eos|>")
+QWEN3_OMNI = Family(
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+    OMNI_NAMES,
+    "<|audio_start|>",
+    "<|audio_end|>",
+    system="",  # its template has none
+    windows=80,  # 40 minutes, what its card promises
 )
 WHISPER_NAMES = (
     ("model.language_model.", "language_model.model."),
@@ -91,6 +98,8 @@ FAMILIES = {
     "qwen2_5_omni_thinker": OMNI,
     "qwen2_audio": QWEN2_AUDIO,
     "audioflamingo3": AUDIO_FLAMINGO3,
+    "qwen3_omni_moe": QWEN3_OMNI,
+    "qwen3_omni_moe_thinker": QWEN3_OMNI,
 }
 
 
@@ -215,6 +224,27 @@ def hub_name(name: str, family: Family) -> str:
     return name
 
 
+def pieces(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """A parameter as views by the names of the files, where each expert of a layer is apart.
+
+    transformers holds them together: gate_up_proj (experts, 2 x width, hidden), down_proj (experts, hidden,
+    width). Of shards, which are whole experts, those that are here.
+    """
+    layer, fused, kind = name.partition(".experts.")
+    if not fused:
+        return {name: weight}
+    first = 0
+    if isinstance(weight, DTensor):
+        first = weight.__create_chunk_list__()[0].offsets[0]
+        weight = weight.to_local()
+    parts = kind.removesuffix("_proj").split("_")
+    found = {}
+    for i, expert in enumerate(weight, first):
+        for part, piece in zip(parts, expert.chunk(len(parts)), strict=True):
+            found[f"{layer}.experts.{i}.{part}_proj.weight"] = piece
+    return found
+
+
 def empty_model(folder: Path, audio: bool = True) -> nn.Module:
     """The model on the meta device (shapes, no memory), without the parts that no question of ours can use.
 
@@ -237,7 +267,8 @@ def check_weights(model: nn.Module, family: Family, folder: Path) -> None:
     weights = Weights(folder)
     wanted = {}
     for name, parameter in model.named_parameters():
-        wanted[weights.stored_name(name, family)] = list(parameter.shape)
+        for piece, view in pieces(name, parameter).items():
+            wanted[weights.stored_name(piece, family)] = list(view.shape)
     for name, shape in wanted.items():
         if name not in weights.stored:
             raise InputError(
@@ -264,7 +295,8 @@ def read_weights(lm: nn.Module) -> None:
     weights = Weights(lm.folder)
     wanted = {}
     for name, parameter in lm.model.named_parameters():  # a tied lm_head is in it once, as the embedding
-        wanted[weights.stored_name(name, lm.prompts.family)] = parameter.data
+        for piece, view in pieces(name, parameter.data).items():
+            wanted[weights.stored_name(piece, lm.prompts.family)] = view
     reader = dcp.HuggingFaceStorageReader(str(lm.folder))
     with door(lm.folder), warnings.catch_warnings(action="ignore"):  # it says that no processes are asked
         dcp.load(wanted, storage_reader=reader, no_dist=True)
@@ -306,19 +338,29 @@ def save_model(lm: nn.Module, out: Path, settings: dict[str, Any] | None = None)
 def saved_files(lm: nn.Module, writes: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The base's files one by one, the trained weights in the base's places if this process `writes` them."""
     base = Weights(lm.folder)
+    parameters = dict(lm.model.named_parameters())
     trained = {}
-    for name, parameter in lm.model.named_parameters():
-        trained[base.stored_name(name, lm.prompts.family)] = (name, parameter.detach())
+    for name, parameter in parameters.items():
+        for piece in pieces(name, torch.empty(parameter.shape, device="meta")):
+            trained[base.stored_name(piece, lm.prompts.family)] = (name, piece)
+
+    @functools.lru_cache(2)  # the two of a layer's experts
+    def whole(name: str) -> dict[str, Tensor]:
+        weight = parameters[name].detach()
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+        if writes:
+            weight = lm.merged(name, weight)
+        return pieces(name, weight)
+
     for file, names in groupby(base.files, base.files.get):
         tensors = {}
         for stored in names:
             tensors[stored] = base.stored[stored][...]  # of a mapped file: not read before it is written
             if stored in trained:
-                name, weight = trained[stored]
-                if isinstance(weight, DTensor):
-                    weight = weight.full_tensor()
+                name, piece = trained[stored]
+                weight = whole(name)[piece]
                 if writes:
-                    weight = lm.merged(name, weight)
                     tensors[stored] = weight.to("cpu", tensors[stored].dtype)
         yield file.name, tensors
 

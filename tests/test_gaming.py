@@ -44,7 +44,7 @@ def lister(world, tmp_path_factory):
         examples.append((lm.encode(asked, use_audio=False), said, 0.0))
     torch.manual_seed(0)
     tiny.fit(lm, examples, rng, steps=300, batch=32, peak_rate=3e-3)
-    tiny.put_back(lm, folder / "model")
+    lm.save(folder / "model")
     return folder
 
 

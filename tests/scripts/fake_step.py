@@ -169,7 +169,10 @@ def shorten_rollout(policy, memory: Memory, measured: dict) -> None:
 
 def question(lm, tokens: int, seconds: float) -> Asked:
     frames = round(100 * seconds)
-    heard = model.audio_tokens(frames) if frames else 0
+    count = model.audio_tokens
+    if lm.prompts.family is model.QWEN3_OMNI:
+        count = model.omni3._get_feat_extract_output_lengths
+    heard = count(frames) if frames else 0
     ids = torch.ones(tokens, dtype=torch.int64)
     ids[5 : 5 + heard] = lm.prompts.audio_token_id
     features = None
