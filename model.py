@@ -266,7 +266,8 @@ def decoding_mask(lengths: Tensor, group_size: int, *, tokens: int) -> Tensor:
     in_prompt = columns < lengths[:, None, None]  # (B, 1, P)
     same_response = torch.eye(group_size, dtype=torch.bool, device=device)
     own = same_response.repeat(1, tokens)  # (G, tokens * G)
-    mask = torch.cat([in_prompt.expand(shape), own.expand(shape)], dim=-1)
+    parts = [in_prompt.expand(shape), own.expand(shape)]
+    mask = torch.cat(parts, dim=-1)
     return mask.unsqueeze(1)
 
 
@@ -383,7 +384,9 @@ class AudioLM(nn.Module):
         drawn = torch.stack(said, dim=-1).flatten(0, 1).cpu()  # (B * G, T)
         ends = torch.isin(drawn, self.eos).int()
         counts = (ends.cumsum(-1) - ends == 0).sum(-1)  # all before the first end, and that one
-        responses = [row[:count] for row, count in zip(drawn, counts.tolist(), strict=True)]
+        responses = []
+        for row, count in zip(drawn, counts.tolist(), strict=True):
+            responses.append(row[:count])
         return [responses[b * G : (b + 1) * G] for b in range(B)]
 
     def all_done(self, done: Tensor) -> bool:
@@ -398,7 +401,8 @@ class AudioLM(nn.Module):
         groups: list[list[Tensor]],
     ) -> Scores:
         """log pi(o_t | q, o_<t) of Eq. 3 for B groups of G responses, in one pass over B rows."""
-        logits = self(pack(prompts, groups, self.prompts.audio_token_id, self.device))
+        packed = pack(prompts, groups, self.prompts.audio_token_id, self.device)
+        logits = self(packed)
         return score_logits(logits, groups)
 
     def save(
@@ -454,10 +458,12 @@ def score_logits(
     # indexing it G times would add them atomically, in another order every run.
     first_logits = logits[:B].unsqueeze(1).expand(-1, G, -1)
     first_logits = first_logits.flatten(0, 1)  # (B * G, V)
-    first_logps = -F.cross_entropy(first_logits, tokens[:, 0].to(device), reduction="none")
+    tokens = tokens.to(device)
+    first_logps = -F.cross_entropy(first_logits, tokens[:, 0], reduction="none")
     later_logps = -F.cross_entropy(logits[B:], later_tokens.to(device), reduction="none")
     with torch.no_grad():  # 64 rows at a time: an entropy needs three more arrays of the logits' size
-        entropies = torch.cat([entropy_of(part) for part in logits.split(64)])
+        parts = [entropy_of(part) for part in logits.split(64)]
+    entropies = torch.cat(parts)
     entropies = spread(entropies[:B].repeat_interleave(G), entropies[B:])
     return Scores(
         logps=spread(first_logps, later_logps),
@@ -485,12 +491,14 @@ def hear_omni(
     Where its chunks of 2 s begin is worked out on the CPU and handed over: taken from the GPU, each of its
     layers would wait for the device three times (97 times a pass of the 7B).
     """
-    features = torch.cat([clip.input_features[:, : clip.frames] for clip in clips], dim=1).to(device)
+    heard = [clip.input_features[:, : clip.frames] for clip in clips]
+    features = torch.cat(heard, dim=1).to(device)
     lengths = torch.tensor([clip.frames for clip in clips])
     chunks, chunk_lengths = omni.chunk_and_pad_features(features, lengths, tower.n_window)
     places = omni.get_valid_indices(chunk_lengths).to(device)
     convolved = (chunk_lengths - 1) // 2 + 1
-    is_padding = torch.arange((chunks.shape[2] + 1) // 2) >= convolved.view(-1, 1, 1, 1)
+    positions = torch.arange((chunks.shape[2] + 1) // 2)
+    is_padding = positions >= convolved.view(-1, 1, 1, 1)
     bias = torch.zeros(is_padding.shape).masked_fill(is_padding, -math.inf)
     tower.config._attn_implementation = "chunks"
     return tower(
@@ -518,10 +526,13 @@ def attend_in_chunks(
     tokens' among the padded ones, `bias` (chunks, 1, 1, longest) is -inf for padding.
     """
     packed = torch.cat(projected).transpose(1, 2)  # (3, L, heads, size)
-    padded = packed.new_zeros(3, bias.numel(), *packed.shape[2:]).index_copy(1, places, packed)
+    padded = packed.new_zeros(3, bias.numel(), *packed.shape[2:])
+    padded = padded.index_copy(1, places, packed)
     padded = padded.unflatten(1, (len(bias), -1)).transpose(2, 3)  # (3, chunks, heads, longest, size)
-    said = F.scaled_dot_product_attention(*padded, bias.to(packed.dtype), scale=layer.scaling)
-    return said.transpose(1, 2).flatten(0, 1)[None, places], None
+    bias = bias.to(packed.dtype)
+    said = F.scaled_dot_product_attention(*padded, bias, scale=layer.scaling)
+    said = said.transpose(1, 2).flatten(0, 1)
+    return said[None, places], None
 
 
 omni.ALL_ATTENTION_FUNCTIONS.register("chunks", attend_in_chunks)
@@ -588,12 +599,15 @@ def hear_whisper(
     mask = None
     if min(lengths) < longest:
         is_heard = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
-        mask = is_heard.to(device)[:, None, None].expand(-1, 1, longest, -1)
+        is_heard = is_heard[:, None, None].to(device)
+        mask = is_heard.expand(-1, 1, longest, -1)
     for layer in tower.layers:
         x = layer(x, attention_mask=mask)
     x = tower.avg_pooler(x.transpose(1, 2))
     x = tower.layer_norm(x.transpose(1, 2))
-    parts = [row[: length // 2] for row, length in zip(x, lengths, strict=True)]
+    parts = []
+    for row, length in zip(x, lengths, strict=True):
+        parts.append(row[: length // 2])
     return torch.cat(parts)
 
 
