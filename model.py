@@ -254,7 +254,12 @@ def scoring_mask(segments: Tensor) -> Tensor:
     return sees.tril().unsqueeze(1)
 
 
-def decoding_mask(lengths: Tensor, group_size: int, *, tokens: int) -> Tensor:
+def decoding_mask(
+    lengths: Tensor,
+    group_size: int,
+    *,
+    tokens: int,
+) -> Tensor:
     """What the newest of each of G responses sees: (B, 1, G, longest prompt + G * tokens) bool.
 
     The responses of a prompt grow by G tokens of one row at every step, so that the prompt's keys are stored
@@ -460,7 +465,8 @@ def score_logits(
     first_logits = first_logits.flatten(0, 1)  # (B * G, V)
     tokens = tokens.to(device)
     first_logps = -F.cross_entropy(first_logits, tokens[:, 0], reduction="none")
-    later_logps = -F.cross_entropy(logits[B:], later_tokens.to(device), reduction="none")
+    later_tokens = later_tokens.to(device)
+    later_logps = -F.cross_entropy(logits[B:], later_tokens, reduction="none")
     with torch.no_grad():  # 64 rows at a time: an entropy needs three more arrays of the logits' size
         parts = [entropy_of(part) for part in logits.split(64)]
     entropies = torch.cat(parts)
@@ -499,7 +505,8 @@ def hear_omni(
     convolved = (chunk_lengths - 1) // 2 + 1
     positions = torch.arange((chunks.shape[2] + 1) // 2)
     is_padding = positions >= convolved.view(-1, 1, 1, 1)
-    bias = torch.zeros(is_padding.shape).masked_fill(is_padding, -math.inf)
+    bias = torch.zeros(is_padding.shape)
+    bias = bias.masked_fill(is_padding, -math.inf)
     tower.config._attn_implementation = "chunks"
     return tower(
         padded_feature=chunks,
@@ -528,7 +535,8 @@ def attend_in_chunks(
     packed = torch.cat(projected).transpose(1, 2)  # (3, L, heads, size)
     padded = packed.new_zeros(3, bias.numel(), *packed.shape[2:])
     padded = padded.index_copy(1, places, packed)
-    padded = padded.unflatten(1, (len(bias), -1)).transpose(2, 3)  # (3, chunks, heads, longest, size)
+    padded = padded.unflatten(1, (len(bias), -1))  # (3, chunks, longest, heads, size)
+    padded = padded.transpose(2, 3)
     bias = bias.to(packed.dtype)
     said = F.scaled_dot_product_attention(*padded, bias, scale=layer.scaling)
     said = said.transpose(1, 2).flatten(0, 1)
@@ -538,7 +546,11 @@ def attend_in_chunks(
 omni.ALL_ATTENTION_FUNCTIONS.register("chunks", attend_in_chunks)
 
 
-def hear_omni3(tower: nn.Module, clips: list[Prompt], device: torch.device) -> Tensor:
+def hear_omni3(
+    tower: nn.Module,
+    clips: list[Prompt],
+    device: torch.device,
+) -> Tensor:
     """Qwen3-Omni's encoder on clips of any length: (all audio tokens, hidden).
 
     Convolutions see chunks of 1 s, clip by clip: beside a longer clip a short one would be padded, and its
@@ -547,12 +559,14 @@ def hear_omni3(tower: nn.Module, clips: list[Prompt], device: torch.device) -> T
     embeddings = []
     for clip in clips:
         frames = torch.tensor([clip.frames])
-        features = clip.input_features[:, : clip.frames].to(device, tower.conv2d1.weight.dtype)
+        features = clip.input_features[:, : clip.frames]
+        features = features.to(device, tower.conv2d1.weight.dtype)
         x, _ = omni3.chunk_and_pad_features(features, frames, tower.n_window)
         x = x.unsqueeze(1)  # (chunks, 1, mels, frames)
         for convolution in (tower.conv2d1, tower.conv2d2, tower.conv2d3):
             x = F.gelu(convolution(x))
-        x = tower.conv_out(x.permute(0, 3, 1, 2).flatten(2))
+        x = x.permute(0, 3, 1, 2).flatten(2)
+        x = tower.conv_out(x)
         places = tower.positional_embedding(x.shape[1])
         x = x + places.to(x.dtype)
         count = omni3._get_feat_extract_output_lengths(clip.frames)  # the last chunk is padded
