@@ -146,7 +146,7 @@ SAME = """
 4 | | --replicas 2
 1 | | --checkpointing on --cpu_offload moments
 1 | | --accumulation 2
-2 | --no_audio |
+2 | --no_audio --reward {broken}/mine.py:odd |
 2 | --data {world}/train_qa.json {world}/arc.jsonl --shares 0.5 0.5 |
 2 | --data {broken}/train_qa.json --audio_dir {broken}/audio |
 2 | --updates 2 --steps 3 --beta 0 --loss token |
@@ -247,7 +247,7 @@ def test_gradients_are_clipped(world, one, tmp_path):
 
 def test_one_question_is_explained_and_nothing_is_written(world, tmp_path, capsys):
     reward = tmp_path / "mine.py"
-    reward.write_text("def half(response, answer, choices): return 0.5 * (response == answer)")
+    reward.write_text("def half(response, answer, choices): return 0.5")
     options = arguments(world, reward=f"{reward}:half", seed=3)
     assert train_here(tmp_path / "out", *options, "--explain") == 0
     said = capsys.readouterr().out
