@@ -232,8 +232,9 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 def layers(model: nn.Module) -> list[nn.Module]:
     """Of the decoder and of the audio tower, if any."""
     found = list(model.model.language_model.layers)
-    if hasattr(model.model, "audio_tower"):
-        found += model.model.audio_tower.layers
+    tower = getattr(model.model, "audio_tower", None)
+    if tower is not None:  # a run without audio has put it away
+        found += tower.layers
     return found
 
 
