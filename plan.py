@@ -225,7 +225,7 @@ def activation_bytes(plan: Plan) -> tuple[float, float, float]:
     if experts:  # each has its own copy of what it reads and says
         copies = 1 if plan.lora else 2
         layer = tokens * (
-            13 * text.hidden_size + experts * (4 * text.moe_intermediate_size + copies * text.hidden_size)
+            14 * text.hidden_size + experts * (4 * text.moe_intermediate_size + copies * text.hidden_size)
         )
     kept = layer
     if checkpointing:
