@@ -503,10 +503,10 @@ def hear_omni(
     chunks, chunk_lengths = omni.chunk_and_pad_features(features, lengths, tower.n_window)
     places = omni.get_valid_indices(chunk_lengths).to(device)
     convolved = (chunk_lengths - 1) // 2 + 1
-    positions = torch.arange((chunks.shape[2] + 1) // 2)
-    is_padding = positions >= convolved.view(-1, 1, 1, 1)
-    bias = torch.zeros(is_padding.shape)
-    bias = bias.masked_fill(is_padding, -math.inf)
+    is_heard = torch.arange((chunks.shape[2] + 1) // 2) < convolved.unsqueeze(1)  # (chunks, longest)
+    tokens = is_heard.flatten().cumsum(0) - 1  # in the padding, the one before it again
+    bias = torch.zeros(is_heard.shape)
+    bias = bias.masked_fill(~is_heard, -math.inf)
     tower.config._attn_implementation = "chunks"
     return tower(
         padded_feature=chunks,
@@ -516,7 +516,8 @@ def hear_omni(
         cu_seqlens=torch.tensor([0, len(places)]),  # one piece, which attend_in_chunks takes apart
         feature_lens=lengths,
         places=places,
-        bias=bias.to(device),
+        tokens=tokens.view(is_heard.shape).to(device),
+        bias=bias[:, None, None].to(device),
     ).last_hidden_state
 
 
@@ -524,19 +525,19 @@ def attend_in_chunks(
     layer: nn.Module,
     *projected: Tensor,
     places: Tensor,
+    tokens: Tensor,
     bias: Tensor,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """One call for all chunks of 2 s, padded to the longest; transformers makes one for each.
 
-    Three (1, heads, L, size), all chunks one after the other -> (1, L, heads, size). `places` (L,) are their
-    tokens' among the padded ones, `bias` (chunks, 1, 1, longest) is -inf for padding.
+    Three (1, heads, L, size), all chunks one after the other -> (1, L, heads, size). `tokens`, (chunks,
+    longest), are those of L that stand in each padded place, `places` (L,) the way back; `bias` is -inf for
+    padding.
+    Gathering keeps less for the backward pass than scattering into zeros would.
     """
     packed = torch.cat(projected).transpose(1, 2)  # (3, L, heads, size)
-    padded = packed.new_zeros(3, bias.numel(), *packed.shape[2:])
-    padded = padded.index_copy(1, places, packed)
-    padded = padded.unflatten(1, (len(bias), -1))  # (3, chunks, longest, heads, size)
-    padded = padded.transpose(2, 3)
+    padded = packed[:, tokens].transpose(2, 3)  # (3, chunks, heads, longest, size)
     bias = bias.to(packed.dtype)
     said = F.scaled_dot_product_attention(*padded, bias, scale=layer.scaling)
     said = said.transpose(1, 2).flatten(0, 1)

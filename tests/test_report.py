@@ -379,7 +379,8 @@ def test_the_template_opens_by_itself_with_sample_data():
 def test_the_first_screen_says_whether_each_run_worked(tmp_path):
     """Cards: base -> trained and whether chance explains it, does it listen, and what is not healthy."""
     steps = [STEP | {"step": i, "reward": 0.5, "seconds_update": 36.0} for i in range(1, 101)]
-    logs = {"good": steps, "gamed": [step | {"reward": step["step"] / 100} for step in steps]}
+    logs = {"gamed": [step | {"reward": step["step"] / 100} for step in steps]}
+    logs["good"] = [step | {"official": step["reward"]} for step in logs["gamed"]]
     logs["deaf"] = [step | {"frac_reward_zero_std": 1.0} for step in steps]
     logs["leaps"] = [*steps[:6], steps[6] | {"kl": 27.9}, *steps[7:]]
     for run, log in logs.items():
