@@ -168,7 +168,7 @@ def run(program: Callable[[], int | None]) -> None:
     log.setLevel(logging.INFO)  # ours; httpx tells every request
     code = 2
     try:
-        code = program()
+        code = program() or 0
     except (InputError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, a read-only folder
         words = str(error) or "interrupted; what was written is kept, the same command goes on"
         if os.environ.get("RANK", "0") == "0" or type(error) is not InputError:

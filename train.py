@@ -69,6 +69,7 @@ log = logging.getLogger("omni_r1")
 FREE = """out accumulation reshard checkpointing cpu_offload replicas save_minutes save_every keep
 save_model_every plan world_size gpu explain"""
 AUTO = ["auto", "on", "off"]
+FIRST_SAVE = 5  # minutes until the first checkpoint, where --save_minutes is more
 AVQA = "data/avqa/train_qa.json"  # where fetch.py puts it
 SHOWN = ["reward", "official", "kl", "frac_reward_zero_std"]  # ten times a run
 
@@ -144,7 +145,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--world_size", type=WHOLE, default=0, help="--plan: number of GPUs (0: as found)")
     add("--gpu", default="", help="--plan: the card's name, or its GiB (as found)")
     add("--out", default="results/omni-avqa", help="the run's folder; one with checkpoints must be your own")
-    add("--save_minutes", type=POSITIVE, default=20, help="minutes between checkpoints")
+    add("--save_minutes", type=POSITIVE, default=20, help="minutes between checkpoints; the first after 5")
     add("--save_every", type=WHOLE, default=0, help="steps between checkpoints instead (0: by minutes)")
     add("--keep", type=COUNT, default=2, help="checkpoints kept (12 bytes a parameter each)")
     add("--save_model_every", type=WHOLE, default=0, help="steps between model folders (0: the last alone)")
@@ -374,8 +375,12 @@ class Run:
         fsdp.save_checkpoint(self.out, self.step, self.state(), about, keep=self.config.keep)
 
     def resume(self) -> None:
-        """Go on from --out's newest whole checkpoint, if any."""
+        """Go on from --out's newest whole checkpoint, if any. InputError where the disk has no room."""
         found = fsdp.newest_checkpoint(self.out)
+        need = sum(self.plan.disk.values()) / 2**30
+        free = shutil.disk_usage(self.out).free / 2**30
+        if free < need and not found:
+            raise InputError(f"{self.out}: {need:.1f} GiB are needed (--keep), {free:.1f} are free")
         if found:
             about = parse_json(read_text(found / "run.json"))
             fsdp.load_checkpoint(found, self.state())
@@ -383,10 +388,7 @@ class Run:
             self.bad_clips = about["bad_clips"]
         if self.rank > 0:
             return
-        for name in (
-            "log.jsonl",
-            "samples.jsonl",
-        ):  # up to this step, whatever has happened to the files since
+        for name in ("log.jsonl", "samples.jsonl"):  # up to this step, whatever has happened to them since
             (self.out / name).unlink(missing_ok=True)
             if found and (found / name).exists():
                 shutil.copy(found / name, self.out)
@@ -521,7 +523,7 @@ def learn(run: Run, stop: fsdp.Stop) -> int:
     """Step after step until the last, or until a signal -> the exit code. What is due after a step is done
     before the next one, so that a run which goes on from its checkpoint does it too."""
     config = run.config
-    saved_at = time.monotonic()
+    saved_at = time.monotonic() - 60 * max(0, config.save_minutes - FIRST_SAVE)
     ready = time.perf_counter()
     bar = tqdm(
         total=config.steps,

@@ -80,6 +80,7 @@ def here(entry, *flags):
         signal.signal(number, handler)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
+    gc.collect()  # an error's frames keep the lock on --out
     return code
 
 
