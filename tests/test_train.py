@@ -1,5 +1,6 @@
 """Laws of the run: two processes = one, killed = uninterrupted, and what each layout may not change."""
 
+import gc
 import itertools
 import json
 import logging
