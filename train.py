@@ -215,7 +215,8 @@ class Run:
         if layout.checkpointing:
             fsdp.checkpoint_activations(policy)
         self.mesh = fsdp.make_mesh(self.device, config.replicas)
-        self.policy = self.place(policy, layout.reshard, on_host=layout.offload.startswith("on"))
+        on_host = layout.offload.startswith("on")
+        self.policy = self.place(policy, layout.reshard, on_host=on_host)
         self.reference = None
         if config.lora:
             self.pairs = lora.attach(self.policy, config.lora, 2 * config.lora, seed=config.seed)
@@ -268,9 +269,11 @@ class Run:
         with fsdp.timed(totals, "seconds_rollout"):
             for first in range(0, len(asked), size):
                 # Roll out G responses to each question; rewards, Eq. 2; advantages, Eq. 1.
-                rollouts.append(grpo.roll_out(self.policy, asked[first : first + size], config, self.reward))
+                some = asked[first : first + size]
+                rollouts.append(grpo.roll_out(self.policy, some, config, self.reward))
         for rollout in rollouts:
-            grpo.add(totals, grpo.rollout_metrics(rollout, self.policy.eos, config.prompt))
+            metrics = grpo.rollout_metrics(rollout, self.policy.eos, config.prompt)
+            grpo.add(totals, metrics)
         length = totals["completion_length"] / len(asked)
         if config.loss == "token":
             length = sum(fsdp.gather_objects(length)) / self.world
@@ -425,7 +428,8 @@ class Journal:
     def __init__(self, config: Namespace, step: int):
         self.config = config
         self.out = Path(config.out)
-        self.rows = [row for row in rows_of(self.out / "log.jsonl") if "loss" in row]  # of the steps
+        rows = rows_of(self.out / "log.jsonl")
+        self.rows = [row for row in rows if "loss" in row]  # of the steps
         self.told = {}  # doubts, in words
         self.board = None
         with suppress(ImportError):
@@ -482,7 +486,8 @@ def train(config: Namespace) -> int:
     if config.explain:
         config.batch = 1  # which several processes cannot share
     set_batch(config, world)
-    config.dtype = str(fsdp.compute_dtype(config.dtype, device)).removeprefix("torch.")
+    dtype = fsdp.compute_dtype(config.dtype, device)
+    config.dtype = str(dtype).removeprefix("torch.")
     out = Path(config.out)
     if not config.explain:
         held = fsdp.hold(out)  # noqa: F841 (until the process ends)
@@ -510,7 +515,8 @@ def train(config: Namespace) -> int:
 
 def is_finished(out: Path, now: dict) -> bool:
     """Whether --out holds a finished run. InputError if it holds anything of other settings."""
-    if not any((out / name).exists() for name in ("config.json", "log.jsonl", "model", "adapter")):
+    written = ("config.json", "log.jsonl", "model", "adapter")
+    if not any((out / name).exists() for name in written):
         return False
     try:
         refuse_changes(out, then=parse_json(read_text(out / "config.json")), now=now)
