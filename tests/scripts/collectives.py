@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 import torch.distributed as dist
-from dump_gradients import COLLECTIVES, counting
+from dump_gradients import COLLECTIVES, count_collectives
 from torch.distributed.fsdp import FSDPModule
 
 import fsdp
@@ -23,8 +23,6 @@ from train import Run, parse, set_batch
 
 def main() -> None:
     rank, world, device = fsdp.start_processes()
-    for name in COLLECTIVES:
-        counting(name)
     found = []
     for options in sys.argv[2:]:
         config = parse(json.loads(options))
@@ -41,7 +39,7 @@ def main() -> None:
             return norms["norm"]
 
         fsdp.clip_gradients = both
-        COLLECTIVES.update(dict.fromkeys(COLLECTIVES, 0))
+        count_collectives()
         run.take_step(asked)
         fsdp.clip_gradients = clip
         groups = [module for module in run.policy.modules() if isinstance(module, FSDPModule)]

@@ -14,7 +14,7 @@ import plan
 from data import check_clips, load_questions
 from train import Run, parse, set_batch
 
-COLLECTIVES = {"all_gather_single": 0, "reduce_scatter_single": 0}
+COLLECTIVES = {}  # name -> calls
 
 
 def counting(name: str) -> None:
@@ -26,6 +26,14 @@ def counting(name: str) -> None:
         return original(*args, **kwargs)
 
     setattr(dist, name, counted)
+
+
+def count_collectives() -> None:
+    """From 0, however often this process has counted before."""
+    for name in ("all_gather_single", "reduce_scatter_single"):
+        if name not in COLLECTIVES:
+            counting(name)
+        COLLECTIVES[name] = 0
 
 
 def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -43,8 +51,7 @@ def main() -> None:
     run = Run(config, load_questions(config, check_clips), device)
     sizes = {"weights, fp32 shards": local_bytes(run.policy.parameters())}
     sizes["reference"] = local_bytes(run.reference.parameters())
-    for name in COLLECTIVES:
-        counting(name)
+    count_collectives()
     asked = next(run.batches())
     run.update = lambda rollouts: None
     _, rollouts = run.take_step(asked)
