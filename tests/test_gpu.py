@@ -285,4 +285,4 @@ def test_what_a_gpu_is_tested_with_runs_on_a_cpu(world, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = out.read_text()
-    assert "BROKEN" not in table and table.count("| holds |") == 3 and "ms a token" in table
+    assert "BROKEN" not in table and table.count("| holds |") == 6 and "ms a token" in table
