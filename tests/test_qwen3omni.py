@@ -234,7 +234,7 @@ def test_the_30b_fits_one_card_with_lora_and_eight_whole(tmp_path):
     ],
 )
 def test_a_step_takes_what_the_plan_says_an_eighth_of_the_30b(gpus, options, tmp_path):
-    check_step(published(tmp_path, layers=6, heard=4), gpus, 10, "--gpu", "79.2", *options.split())
+    check_step(published(tmp_path, layers=6, heard=4), gpus, 10, f"--gpu 79.2 {options}")
 
 
 @pytest.mark.slow

@@ -217,8 +217,8 @@ def main() -> None:
             kept += run.reference.parameters()
         for tensor in kept * (run.layout.offload != "off"):
             memory.on_host(tensor)
-        for lm in filter(None, (run.policy, run.reference)):
-            for parameter in lm.parameters():
+        for lm in (run.policy, run.reference):
+            for parameter in getattr(lm, "parameters", list)():  # LoRA's reference has none of its own
                 memory.track(parameter)
         gc.collect()
         shorten_rollout(run.policy, memory, measured)
