@@ -101,7 +101,8 @@ def test_every_command_runs(place, monkeypatch, capsys):
                 continue
             for old, new in (CHANGED | {"URL": server.url}).items():
                 line = line.replace(old, new)
-            options = [*shlex.split(line), *SMALL.get(program, "").split()]
+            small = SMALL.get(program, "").split()
+            options = [*small, *shlex.split(line), *small]  # before an --and, too
             if program == "train.py" and "--model" not in options:
                 options += ["--model", "BASE"]
             monkeypatch.setattr(sys, "argv", [program, *options])
