@@ -80,5 +80,5 @@ def test_a_reward_for_containing_the_answer_teaches_to_list_and_the_default_teac
         (honest, "reward", 1),
         (honest, "official", 1),
     ):
-        assert sign * (mean(rows[-10:], name) - mean(rows[:10], name)) > 0.1
+        assert sign * (mean(rows[-10:], name) - mean(rows[:10], name)) > 0.05
     assert held_out["contains"][-1] < held_out["contains"][0] < held_out["exact"][-1]
