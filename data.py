@@ -81,7 +81,7 @@ def read_rows(path: Path | str) -> tuple[list, bool]:
     path = Path(path)
     if not path.exists():
         name = path.parent.name if "data" in path.parts else "SET"
-        hint = f"a file of questions on this disk is needed; a published set: python fetch.py {name}"
+        hint = f"a published set: python fetch.py {name} (python fetch.py: their GB); else give --data"
         raise InputError(f"cannot read {path}: no such file; {hint}")
     text = read_text(path)
     if text.lstrip().startswith("["):

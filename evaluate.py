@@ -63,7 +63,7 @@ from files import (
 )
 from lora import load_adapter
 from model import AudioLM, Prompt, PromptEncoder, load_model
-from report import summary_lines
+from report import OURS, summary_lines
 from reward import final_answer
 from weights import checkpoint_hash, find_model
 
@@ -79,7 +79,6 @@ MMAU_TOLD_BY = {
 # The keys that official scripts read: MMAR's, those of MMSU and AIR-Bench, and of MMAU's two versions.
 OFFICIAL = {"mmar": ["answer_prediction"], "choices_ad": ["response", "model_prediction"]}
 MMAU_KEYS = ["model_output", "model_prediction"]
-OURS = ["answer_prediction", "response", *MMAU_KEYS, "raw_output", "order_predictions"]
 
 
 # ---------------------------------------------------------------------------------------------- what is asked

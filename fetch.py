@@ -180,9 +180,8 @@ def contents(file: str, path: Path) -> Iterator[tuple]:
     elif file.endswith(".tar.gz"):
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
-                name = PurePosixPath(
-                    member.name
-                )  # whose folders may lead anywhere; macOS adds ._x.wav to x.wav
+                # Its folders may lead anywhere; macOS adds ._x.wav to x.wav.
+                name = PurePosixPath(member.name)
                 if member.isfile() and name.suffix in SOUNDS and not name.name.startswith("."):
                     yield member.name, None, name.stem, archive.extractfile(member).read()
             while stream.read(2**20):

@@ -95,13 +95,15 @@ def one_writer(path: Path | str, patience: float = 5.0) -> IO:
     the lock back. Raises InputError that names the holder.
     """
     file = open(path, "a")  # noqa: SIM115 (held for the life of the process)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if patience <= 0:
-            holder = read_text(path).strip()
-            raise InputError(f"{path} is held by {holder}: one run writes to a place at a time") from None
-        time.sleep(0.1)
-        return one_writer(path, patience - 0.1)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                holder = read_text(path).strip()
+                raise InputError(f"{path} is held by {holder}: one run writes to a place at a time") from None
+            time.sleep(0.1)
     Path(path).write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
     return file

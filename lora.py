@@ -60,7 +60,7 @@ class Pairs:
         return weight.float() + self.scale * product
 
     def score(self, prompts: list[Prompt], groups: list[list[Tensor]]) -> Scores:
-        """What the base says of the responses: a reference for grpo.step."""
+        """What the base says of the responses: the reference of grpo.score."""
         self.are_on = False
         try:
             return self.lm.score(prompts, groups)

@@ -303,9 +303,8 @@ class AudioLM(nn.Module):
         # Set from outside:
         self.gathered = contextlib.nullcontext  # fsdp.shard: keeps the weights whole while drawing
         self.lockstep = False  # fsdp.shard: a forward pass is a collective, so ranks must do equally many
-        self.merged = lambda name, weight: (
-            weight
-        )  # lora.attach: (parameter's name, whole weight) -> the weight to save
+        # lora.attach: (parameter's name, whole weight) -> the weight to save
+        self.merged = lambda name, weight: weight
         self.hear = self.hear_clips  # lora.attach: what the frozen encoder made of the last clips is kept
         self.eval()
 

@@ -90,7 +90,15 @@ Qwen2.5-Omni | ARC-Easy, without audio | omni-arc | 68.2 51.7""",
 GROUPS = """
 task modality task_name difficulty category sub-category length_type question_type source_dataset dataset_name
 audio-contribution sub-sub-category linguistics_sub_discipline perceptual_skills reasoning_skills"""
-OURS = "answer_prediction response model_output model_prediction raw_output order_predictions"  # in a row
+# The keys that evaluate.py adds to a row
+OURS = [
+    "answer_prediction",
+    "response",
+    "model_output",
+    "model_prediction",
+    "raw_output",
+    "order_predictions",
+]
 ANSWER_KEYS = ["answer_prediction", "model_prediction", "model_output"]  # the first that a row has counts
 HEARD = ["real", "silence", "none", "swap"]  # evaluate.py --audio
 CURVES = """
@@ -414,7 +422,7 @@ def split(paths: list[str], out: str) -> list[str]:
     for same in side_by_side([read_finished(path).questions for path in paths]):
         right = sum(map(rights, same), [])
         row = same[0].meta["source"]
-        published = {key: row[key] for key in row if key not in OURS.split()}
+        published = {key: row[key] for key in row if key not in OURS}
         parts[list(parts)[any(right) + all(right)]].append(published)
         guessed += len(same[0].choices) ** -len(right)
     Path(out).mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,6 @@ FREE = """out accumulation reshard checkpointing cpu_offload replicas save_minut
 save_model_every plan world_size gpu explain"""
 AUTO = ["auto", "on", "off"]
 FIRST_SAVE = 5  # minutes until the first checkpoint, where --save_minutes is more
-AVQA = "data/avqa/train_qa.json"  # where fetch.py puts it
 SHOWN = ["reward", "official", "kl", "frac_reward_zero_std"]  # ten times a run
 
 
@@ -107,7 +106,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument_group("what is learned from").add_argument
     add("--model", default="Qwen/Qwen2.5-Omni-7B", help="checkpoint folder or hub name")
-    add("--data", nargs="+", default=[AVQA], help="question file(s) in any known format")
+    add("--data", nargs="+", default=["data/avqa/train_qa.json"], help="question file(s) in any known format")
     add("--audio_dir", nargs="+", default=[None], help="folder(s) of the clips (None: beside the questions)")
     add("--shares", nargs="+", type=POSITIVE, default=[1.0], help="each file's share of the steps")
     add("--no_audio", action="store_true", help="drop the audio tokens from every prompt (Section IV-E)")
@@ -155,8 +154,6 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 def check_arguments(config: Namespace) -> None:
     """InputError for options that contradict one another, before anything is read."""
-    if AVQA in config.data and not Path(AVQA).exists():
-        raise InputError(f"cannot read {AVQA}: python fetch.py avqa brings it (13 GB); or give --data")
     files = len(config.data)
     for name in ("audio_dir", "shares"):
         given = len(getattr(config, name))
@@ -219,7 +216,8 @@ class Run:
         self.policy = self.place(policy, layout.reshard, on_host=on_host)
         self.reference = None
         if config.lora:
-            self.pairs = lora.attach(self.policy, config.lora, 2 * config.lora, seed=config.seed)
+            alpha = 2 * config.lora
+            self.pairs = lora.attach(self.policy, config.lora, alpha, seed=config.seed)
         if config.lora and config.beta:
             self.reference = self.pairs
         elif config.beta:
@@ -375,7 +373,8 @@ class Run:
             "step": self.step,
             "bad_clips": self.bad_clips,
         }
-        fsdp.save_checkpoint(self.out, self.step, self.state(), about, keep=self.config.keep)
+        tensors = self.state()
+        fsdp.save_checkpoint(self.out, self.step, tensors, about, keep=self.config.keep)
 
     def resume(self) -> None:
         """Go on from --out's newest whole checkpoint, if any. InputError where the disk has no room."""
@@ -586,7 +585,7 @@ def explain(run: Run) -> None:
     ids = one.prompt.input_ids
     heard = int((ids == run.policy.prompts.audio_token_id).sum())
     print(f"question  {question.id}, clip {question.audio}, right answer {question.answer!r}")
-    print(f"prompt    {len(ids)} tokens, of which {heard} audio ({heard / 25:.1f} s); its text:")
+    print(f"prompt    {len(ids)} tokens, of which {heard} audio ({one.prompt.frames / 100:.1f} s); its text:")
     print(f"          {prompt_text(question, run.config.prompt)}")
     totals, (rollout,) = run.take_step([one])
     for g, tokens in enumerate(rollout.responses[0]):

@@ -479,12 +479,6 @@ def test_what_torchrun_would_have_set_otherwise_is_one_line(world, tmp_path, cap
     assert "error: torchrun sets RANK" in capsys.readouterr().err
 
 
-def test_questions_that_are_not_fetched_yet_are_told_how(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert train_here(tmp_path / "out") == 2
-    assert "python fetch.py avqa brings it (13 GB)" in capsys.readouterr().err
-
-
 def broken_world(world, folder, broken):
     """The world's first training questions with their clips, `broken` of which have a good header and bad
     samples.
