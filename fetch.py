@@ -257,8 +257,9 @@ def fetch_set(source: Source, options: argparse.Namespace) -> None:
             rows = []
             wrong = []
             files = download(source, folder, options.limit)
-            clips = chain.from_iterable(unpack(source, file, options.data, rows, wrong) for file in files)
-            for _ in tqdm(islice(clips, options.limit or None), source.name, unit=" clips", disable=None):
+            unpacked = (unpack(source, file, options.data, rows, wrong) for file in files)
+            clips = islice(chain.from_iterable(unpacked), options.limit or None)
+            for _ in tqdm(clips, source.name, unit=" clips", disable=None):
                 pass  # it is written by now
             finish(source, options, rows, wrong)
         shutil.rmtree(folder)  # though it was complete: a kill can have left it
@@ -328,7 +329,8 @@ def print_plan(sources: list[Source], options: argparse.Namespace) -> None:
                 info = from_hub(HfApi().repo_info, source, files_metadata=True)
                 size = sum(file.size or 0 for file in info.siblings) / 1e9
         if not there:
-            held = sum(path.stat().st_size for path in (options.data / source.name).rglob("*"))
+            folder = options.data / source.name
+            held = sum(path.stat().st_size for path in folder.rglob("*"))
             need[place] += size + float(source.gb) - held / 1e9  # a download goes once it is unpacked
         print(f"{source.name:<28} {source.rows:>6} rows {size:8.3f} GB  {there or source.repo}", flush=True)
     for place, size in need.items():
