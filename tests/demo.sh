@@ -24,7 +24,7 @@ publish() { # publish FILE PLACE: the world's file where `bash run.sh fetch` put
 
 mkdir -p "$RESULTS"
 export RESULTS SEED STEPS MASTER_PORT CUDA_VISIBLE_DEVICES='' HOLD_OUT=40 DATA="$RESULTS/data" FETCH="--limit 1000"
-export TRAIN="--lr 5e-4 --max_new_tokens 8 --seed $SEED" EVAL="--max_new_tokens 8"
+export TRAIN="--lr 2e-4 --max_new_tokens 8 --seed $SEED" EVAL="--max_new_tokens 8"
 make_world omni
 
 if [ "${1:-}" != all ]; then
