@@ -68,23 +68,6 @@ class Pairs:
             self.are_on = True
 
 
-class Hearing:
-    """What hears is frozen: rollout, reference and policy share what it made of the last clips."""
-
-    def __init__(self, lm: AudioLM):
-        self.hear = lm.hear
-        self.audio = lm.prompts.audio_token_id
-        self.heard = {}  # clip -> its embeddings
-
-    def __call__(self, clips: list[Prompt]) -> Tensor:
-        if not self.heard.keys() >= set(clips):
-            # All anew, even if some are known: with shards it is a collective, and all must call it alike.
-            counts = [int((clip.input_ids == self.audio).sum()) for clip in clips]
-            pieces = self.hear(clips).split(counts)
-            self.heard = dict(zip(clips, pieces, strict=True))
-        return torch.cat([self.heard[clip] for clip in clips])
-
-
 def attach(
     lm: AudioLM,
     rank: int,
@@ -107,7 +90,6 @@ def attach(
         linear.lora_B = nn.Parameter(B.to(lm.device))
         linear.register_forward_hook(pairs)
     lm.merged = pairs.merged
-    lm.hear = Hearing(lm)
     return pairs
 
 

@@ -147,11 +147,13 @@ class PromptEncoder:
         the maximum of each window, is in the clip.
         """
         longest = self.extractor.chunk_length * 16_000
+        shortest = 3 * HOP  # which gives one audio embedding
         silence = 5 * HOP
         if self.family is QWEN3_OMNI:  # its processor pads nothing, and takes no clip apart
             longest = self.seconds * 16_000
+            shortest = 16_000  # a chunk of its tower: padded beside others, a shorter clip would be another
             silence = 0
-        samples = max(len(waveform), 3 * HOP)  # the shortest clip that gives one audio embedding
+        samples = max(len(waveform), shortest)
         padding = samples + silence - len(waveform)
         padded = F.pad(torch.as_tensor(waveform), (0, padding))
         windows = []
@@ -208,41 +210,45 @@ def pack(
     audio_token_id: int,
     device: torch.device,
 ) -> Tokens:
-    """B rows [prompt, r1, ..., rG] (the picture above) for scoring; logits where responses are predicted.
+    """B rows [prompt, r1, ..., rG] (the picture above); logits where each token of a response is predicted.
 
-    A response's last token predicts nothing and is left out. The logits' order: first the B rows' last prompt
-    tokens, which predict the first token of every response; then all other places, row by row. With groups of
-    no responses, the prompts alone: all is causal, and no mask is needed.
+    A response's last token predicts nothing and is left out. So with responses of one token the rows are the
+    prompts: all is causal, and no mask is needed.
     """
     all_ids = []
     all_positions = []
     all_segments = []
-    for prompt, group in zip(prompts, groups, strict=True):
+    rows = []
+    columns = []
+    for b, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
         n = len(prompt.input_ids)
         ids = [prompt.input_ids]
         positions = [torch.arange(n)]
+        end = n
         for response in group:
+            start = end
+            end += len(response) - 1
             ids.append(response[:-1])
-            positions.append(torch.arange(n, n + len(response) - 1))
+            positions.append(torch.arange(n, n + end - start))
+            rows += [b] * len(response)
+            columns += [n - 1, *range(start, end)]
         all_ids.append(torch.cat(ids))
         all_positions.append(torch.cat(positions))
         segments = torch.arange(-1, len(group))  # -1: the prompt, i: response i
         all_segments.append(segments.repeat_interleave(lengths_of(ids)))
     ids = pad_sequence(all_ids, batch_first=True)
     segments = pad_sequence(all_segments, batch_first=True, padding_value=-2)
-    more_rows, more_columns = (segments >= 0).nonzero(as_tuple=True)
-    in_prompt = segments == -1
     mask = None
-    if any(groups):
+    if segments.max() >= 0:
         mask = scoring_mask(segments.to(device))
     return Tokens(
         ids=ids,
         positions=pad_sequence(all_positions, batch_first=True),
         mask=mask,
-        rows=torch.cat([torch.arange(len(prompts)), more_rows]),
-        columns=torch.cat([in_prompt.sum(-1) - 1, more_columns]),
+        rows=torch.tensor(rows),
+        columns=torch.tensor(columns),
         clips=[prompt for prompt in prompts if prompt.input_features is not None],
-        placeholders=(ids == audio_token_id) & in_prompt,  # a response may say the token
+        placeholders=(ids == audio_token_id) & (segments == -1),  # a response may say the token
     )
 
 
@@ -305,7 +311,6 @@ class AudioLM(nn.Module):
         self.lockstep = False  # fsdp.shard: a forward pass is a collective, so ranks must do equally many
         # lora.attach: (parameter's name, whole weight) -> the weight to save
         self.merged = lambda name, weight: weight
-        self.hear = self.hear_clips  # lora.attach: what the frozen encoder made of the last clips is kept
         self.eval()
 
     def decode(self, tokens: Tensor) -> str:
@@ -334,7 +339,7 @@ class AudioLM(nn.Module):
         wanted = hidden[tokens.rows.to(device), tokens.columns.to(device)]
         return self.model.lm_head(wanted).float()
 
-    def hear_clips(self, clips: list[Prompt]) -> Tensor:
+    def hear(self, clips: list[Prompt]) -> Tensor:
         """Clips -> (all their audio tokens, hidden), computed over what is heard and nothing else."""
         network = self.model.model
         if self.prompts.family is OMNI:
@@ -362,7 +367,8 @@ class AudioLM(nn.Module):
         B = len(prompts)
         G = group_size
         device = self.device
-        prefill = pack(prompts, [[]] * B, self.prompts.audio_token_id, device)
+        nothing = [self.eos[:1]]  # a response of one token: the prompts alone are read
+        prefill = pack(prompts, [nothing] * B, self.prompts.audio_token_id, device)
         lengths = (prefill.columns + 1).to(device)
         rows = torch.arange(B).repeat_interleave(G)
         columns = torch.arange(G).repeat(B)
@@ -442,38 +448,19 @@ def score_logits(
     groups: list[list[Tensor]],
 ) -> Scores:
     """The logits of `pack`'s places -> log-probs and entropies of the B x G responses."""
-    G = len(groups[0])
-    B = len(groups)
-    device = logits.device
     responses = sum(groups, [])
-    lengths = lengths_of(responses)
-    tokens = pad_sequence(responses, batch_first=True)  # (B * G, T)
-    mask = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
-    later = mask[:, 1:]  # all but the first tokens
-    later_tokens = tokens[:, 1:][later]
-
-    def spread(first: Tensor, rest: Tensor) -> Tensor:
-        """What was found for the first tokens (B * G,) and for all later ones -> (B * G, T)."""
-        empty = rest.new_zeros(later.shape)
-        rest = empty.masked_scatter(later.to(device), rest)
-        return torch.cat([first.unsqueeze(1), rest], dim=1)
-
-    # The G first tokens of a prompt share one row. Expanding it sums their gradients in a fixed order;
-    # indexing it G times would add them atomically, in another order every run.
-    first_logits = logits[:B].unsqueeze(1).expand(-1, G, -1)
-    first_logits = first_logits.flatten(0, 1)  # (B * G, V)
-    tokens = tokens.to(device)
-    first_logps = -F.cross_entropy(first_logits, tokens[:, 0], reduction="none")
-    later_tokens = later_tokens.to(device)
-    later_logps = -F.cross_entropy(logits[B:], later_tokens, reduction="none")
+    lengths = lengths_of(responses).unsqueeze(1)
+    mask = torch.arange(int(lengths.max())) < lengths  # (B * G, T)
+    mask = mask.to(logits.device)
+    tokens = torch.cat(responses).to(logits.device)
+    logps = -F.cross_entropy(logits, tokens, reduction="none")
     with torch.no_grad():  # 64 rows at a time: an entropy needs three more arrays of the logits' size
-        parts = [entropy_of(part) for part in logits.split(64)]
-    entropies = torch.cat(parts)
-    entropies = spread(entropies[:B].repeat_interleave(G), entropies[B:])
+        entropies = torch.cat([entropy_of(part) for part in logits.split(64)])
+    empty = logps.new_zeros(mask.shape)
     return Scores(
-        logps=spread(first_logps, later_logps),
-        mask=mask.to(device),
-        entropy=entropies.sum(-1) / lengths.to(device),
+        logps=empty.masked_scatter(mask, logps),
+        mask=mask,
+        entropy=empty.masked_scatter(mask, entropies).sum(-1) / mask.sum(-1),
     )
 
 
@@ -486,6 +473,21 @@ def entropy_of(logits: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- hearing
 
 
+def in_chunks(
+    clips: list[Prompt],
+    n_window: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each clip's frames, (chunks, mels, frames of the longest) with 2 n_window at most, and each chunk's.
+
+    Lengths stay on the CPU: where chunks begin is worked out from them, and would wait for the device.
+    """
+    heard = [clip.input_features[:, : clip.frames] for clip in clips]
+    features = torch.cat(heard, dim=1).to(device)
+    lengths = torch.tensor([clip.frames for clip in clips])
+    return lengths, *omni.chunk_and_pad_features(features, lengths, n_window)
+
+
 def hear_omni(
     tower: nn.Module,
     clips: list[Prompt],
@@ -496,10 +498,7 @@ def hear_omni(
     Where its chunks of 2 s begin is worked out on the CPU and handed over: taken from the GPU, each of its
     layers would wait for the device three times (97 times a pass of the 7B).
     """
-    heard = [clip.input_features[:, : clip.frames] for clip in clips]
-    features = torch.cat(heard, dim=1).to(device)
-    lengths = torch.tensor([clip.frames for clip in clips])
-    chunks, chunk_lengths = omni.chunk_and_pad_features(features, lengths, tower.n_window)
+    lengths, chunks, chunk_lengths = in_chunks(clips, tower.n_window, device)
     places = omni.get_valid_indices(chunk_lengths).to(device)
     convolved = (chunk_lengths - 1) // 2 + 1
     is_heard = torch.arange((chunks.shape[2] + 1) // 2) < convolved.unsqueeze(1)  # (chunks, longest)
@@ -551,34 +550,15 @@ def hear_omni3(
     clips: list[Prompt],
     device: torch.device,
 ) -> Tensor:
-    """Qwen3-Omni's encoder on clips of any length: (all audio tokens, hidden).
-
-    Convolutions see chunks of 1 s, clip by clip: beside a longer clip a short one would be padded, and its
-    last embedding another. The layers see all clips at once, each in windows of 8 s.
-    """
-    embeddings = []
-    for clip in clips:
-        frames = torch.tensor([clip.frames])
-        features = clip.input_features[:, : clip.frames]
-        features = features.to(device, tower.conv2d1.weight.dtype)
-        x, _ = omni3.chunk_and_pad_features(features, frames, tower.n_window)
-        x = x.unsqueeze(1)  # (chunks, 1, mels, frames)
-        for convolution in (tower.conv2d1, tower.conv2d2, tower.conv2d3):
-            x = F.gelu(convolution(x))
-        x = x.permute(0, 3, 1, 2).flatten(2)
-        x = tower.conv_out(x)
-        places = tower.positional_embedding(x.shape[1])
-        x = x + places.to(x.dtype)
-        count = omni3._get_feat_extract_output_lengths(clip.frames)  # the last chunk is padded
-        embeddings.append(x.flatten(0, 1)[:count])
-    lengths = torch.tensor([clip.frames for clip in clips])
-    whole_chunk = torch.tensor([2 * tower.n_window])
-    windows = omni3.get_audio_cu_seqlens(whole_chunk, lengths, tower.n_window_infer, tower.n_window)
-    x = torch.cat(embeddings)
-    for layer in tower.layers:
-        (x,) = layer(x, windows)
-    x = tower.proj1(tower.ln_post(x))
-    return tower.proj2(tower.act(x))
+    """Qwen3-Omni's encoder on clips side by side, in windows of 8 s: (all audio tokens, hidden)."""
+    lengths, chunks, chunk_lengths = in_chunks(clips, tower.n_window, device)
+    places = omni3.get_valid_indices(chunk_lengths, tower.n_window)
+    return tower(
+        padded_feature=chunks,
+        chunk_lengths=chunk_lengths,
+        valid_indices=places.to(device),
+        feature_lens=lengths,
+    ).last_hidden_state
 
 
 def hear_whisper(

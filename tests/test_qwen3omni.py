@@ -107,7 +107,7 @@ def test_what_is_heard_is_its_own_feature_extractors_and_towers_whatever_is_besi
     numbers = np.random.default_rng(0)
     clips = []
     expected = []
-    for samples in (480, 16_000, 16_160, 33 * 16_000, *numbers.integers(481, 160_000, lengths - 4)):
+    for samples in (16_000, 16_160, 33 * 16_000, *numbers.integers(16_001, 160_000, lengths - 3)):
         waveform = numbers.standard_normal(samples).astype("float32") / 9
         batch = extractor(
             waveform, sampling_rate=16_000, padding=True, truncation=False, return_attention_mask=True,
