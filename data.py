@@ -444,7 +444,7 @@ class Asked:
 
 @dataclass
 class Questions:
-    """A Dataset of what a process is asked: item i is question k = (i mod A) W + rank of step i div A + 1.
+    """What a process is asked: item i is question k = (i mod A) W + rank of step i div A + 1.
 
     (Each of W processes asks A questions a step.) All questions of a step come from one file, drawn by the
     shares, so that all processes run the same modules. A clip that fails to decode is replaced by the next
@@ -464,9 +464,6 @@ class Questions:
         shares = np.resize(config.shares or [1.0], len(self.files))
         rng = np.random.default_rng([config.seed, 1])
         self.file_of_step = rng.choice(len(self.files), size=config.steps, p=shares / shares.sum())
-
-    def __len__(self) -> int:
-        return self.config.steps * self.each
 
     def __getitem__(self, i: int) -> Asked:
         """Of the file's permutation of this epoch; then what may replace it."""

@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -51,19 +51,20 @@ from data import (
     read_rows,
 )
 from files import (
+    COUNT,
+    WHOLE,
     InputError,
+    Parser,
     append_rows,
+    made_before,
     one_writer,
-    parse_json,
-    read_text,
-    refuse_changes,
     rows_of,
     sha256,
     write_text,
 )
 from lora import load_adapter
 from model import AudioLM, Prompt, PromptEncoder, load_model
-from report import OURS, summary_lines
+from report import HEARD, OURS, summary_lines
 from reward import final_answer
 from weights import checkpoint_hash, find_model
 
@@ -112,11 +113,9 @@ def bench_name(questions: list[Question], given: str | None) -> str:
     form = questions[0].meta["format"]
     if form != "mmau" or (given and not given.startswith("mmau")):
         return given or form
-    names = {given} - {None}
     hashes = {sha256(f"{question.id} {question.question}".encode()) for question in questions}
-    for name, known in MMAU_TOLD_BY.items():
-        if hashes.intersection(known.split()):
-            names.add(name)
+    told = [name for name, known in MMAU_TOLD_BY.items() if hashes.intersection(known.split())]
+    names = {given, *told} - {None}
     if len(names) > 1:
         raise InputError(f"by --bench and their text these questions are {' and '.join(sorted(names))}")
     if not names and questions[0].id.count("-") == 4:  # MMAU's own ids
@@ -152,11 +151,7 @@ class Evaluation:
             about["weights"] = checkpoint_hash(find_model(args.model))
         out.parent.mkdir(parents=True, exist_ok=True)
         locks.append(one_writer(meta.with_name(f".{meta.name}.lock")))
-        before = {}
-        with suppress(InputError, ValueError, TypeError):  # none, or not ours: of no arguments
-            before = dict(parse_json(read_text(meta)))
-        if meta.exists() or out.exists():
-            refuse_changes(out, then=before, now=about)
+        before = made_before(meta, [meta, out], about)
         self.args = args
         self.asked = ask_everything(questions, args)
         self.out = out
@@ -235,13 +230,12 @@ class Evaluation:
                 row["order_predictions"] = final
         self.leave_out(unanswered, "questions have no answer")
         rows = list(filter(None, rows))  # without lines that are no JSON
-        text = json.dumps(rows, ensure_ascii=False, indent=1)
+        text = json.dumps(rows, indent=1)
         if is_lines and form not in ("mmau", "mmar"):  # their scripts read lists, even if lines are published
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        text = text.encode(errors="backslashreplace")  # half a surrogate pair as JSON writes it
+            text = "".join(json.dumps(row) + "\n" for row in rows)
         self.out.unlink(missing_ok=True)  # that P.meta never speaks of an older one
         write_text(self.meta, json.dumps({**self.about, "unanswered": unanswered}, indent=1))
-        write_text(self.out, text.decode())
+        write_text(self.out, text)
         if not unanswered:
             for part in self.parts():
                 os.remove(part)
@@ -250,10 +244,7 @@ class Evaluation:
         """Write what is not written yet, and print the accuracies."""
         if not self.whole:
             self.write()
-        lines = ["the right answers are hidden: send the file to the benchmark's server"]
-        with suppress(InputError):
-            lines = summary_lines(self.out)
-        print(f"saved {self.out}", *lines, sep="\n")
+        print(f"saved {self.out}", *summary_lines(self.out), sep="\n")
 
 
 def default_out(args: Namespace, bench: str) -> Path:
@@ -408,27 +399,28 @@ def evaluate(several: list[Namespace]) -> None:
 
 def parse() -> list[Namespace]:
     """One for each evaluation: after --and come the options of the next that differ from the last one's."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     instead = parser.add_mutually_exclusive_group().add_argument
-    heard = ["real", "none", "silence", "swap"]
-    dtypes = ["auto", "bfloat16", "float32"]
     add("--model", required=True, help="checkpoint folder or hub name; with --url the endpoint's name of it")
     instead("--adapter", help="LoRA weights (a run's O/adapter) to evaluate --model with")
     instead("--url", help="chat completions endpoint that takes audio, in place of a checkpoint")
     add("--data", required=True, help="benchmark: MMAU, MMAR, or any format of training questions")
-    add("--audio_dir", help="folder of the clips (default: beside the questions)")
-    add("--audio", choices=heard, default="real", help="the clip, or what is heard instead (%(default)s)")
-    add("--bench", help="the benchmark's name in the report (default: told by the questions)")
-    add("--out", help="predictions to write (default, of O/model: O/eval/BENCH.AUDIO.json)")
-    add("--prompt", choices=list(PROMPTS), default="direct", help="how the answer is asked for (%(default)s)")
-    add("--orders", type=int, default=1, help="ask in so many orders of the choices (%(default)s)")
-    add(
-        "--batch_size", type=int, default=16, help="questions at a time (%(default)s): fewer need less memory"
+    parser.table(
+        "how it is asked",
+        [
+            ("--audio_dir", str, None, "folder of the clips (None: beside the questions)"),
+            ("--audio", HEARD, "real", "the clip, or what is heard instead"),
+            ("--bench", str, None, "the benchmark's name in the report (None: told by the questions)"),
+            ("--out", str, None, "predictions to write (None, for O/model: O/eval/BENCH.AUDIO.json)"),
+            ("--prompt", list(PROMPTS), "direct", "how the answer is asked for"),
+            ("--orders", COUNT, 1, "ask in so many orders of the choices"),
+            ("--batch_size", COUNT, 16, "questions at a time: fewer need less memory"),
+            ("--max_new_tokens", COUNT, 64, "longest answer, in tokens"),
+            ("--dtype", fsdp.DTYPES, "auto", "auto: bfloat16 on GPUs that have it, else float32"),
+            ("--seed", WHOLE, 0, "of --orders and of --audio swap"),
+        ],
     )
-    add("--max_new_tokens", type=int, default=64, help="longest answer, in tokens (%(default)s)")
-    add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on GPUs that have it, else float32")
-    add("--seed", type=int, default=0, help="of --orders and of --audio swap (%(default)s)")
     several = []
     words = []
     for word in [*sys.argv[1:], "--and"]:
@@ -436,9 +428,6 @@ def parse() -> list[Namespace]:
             several.append(parser.parse_args(words))
         else:
             words.append(word)
-    for args in several:
-        if min(args.orders, args.batch_size, args.max_new_tokens, args.seed + 1) < 1:
-            parser.error("--orders, --batch_size and --max_new_tokens must be at least 1, --seed at least 0")
     return several
 
 

@@ -10,7 +10,6 @@ HF_ENDPOINT, HF_TOKEN and cache. A set comes to data/SET/download, is unpacked, 
 counted, and the download removed. What it lacks stands in data/SET/missing.txt.
 """
 
-import argparse
 import fnmatch
 import gzip
 import io
@@ -21,6 +20,7 @@ import signal
 import sys
 import tarfile
 import time
+from argparse import ArgumentTypeError, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,7 +35,17 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from tqdm import tqdm
 
 from data import clips_in, read_questions
-from files import InputError, first_line, one_writer, parse_json, read_text, rows_of, write_text
+from files import (
+    WHOLE,
+    InputError,
+    Parser,
+    first_line,
+    one_writer,
+    parse_json,
+    read_text,
+    rows_of,
+    write_text,
+)
 
 # The place to mend when a repository moves: set, repository, revision, files, rows and GB of it (about,
 # unpacked), the question file and the clips' folder in data/.
@@ -83,7 +93,7 @@ def source_of(name: str) -> Source:
         return SETS[name]
     if "/" not in name:
         sets = ", ".join(SETS)
-        raise argparse.ArgumentTypeError(f"no set named {name}: give {sets}, or a model as owner/name")
+        raise ArgumentTypeError(f"no set named {name}: give {sets}, or a model as owner/name")
     return Source(name, name, "main", MODEL_FILES, "0", "0", "", "", "model")
 
 
@@ -248,7 +258,7 @@ def unpack(source: Source, file: str, data: Path, rows: list, wrong: list[str]) 
 # ------------------------------------------------------------------------------------------------ a set
 
 
-def fetch_set(source: Source, options: argparse.Namespace) -> None:
+def fetch_set(source: Source, options: Namespace) -> None:
     """Download, unpack, count. Raises InputError."""
     folder = options.data / source.name / "download"
     folder.mkdir(parents=True, exist_ok=True)
@@ -265,7 +275,7 @@ def fetch_set(source: Source, options: argparse.Namespace) -> None:
         shutil.rmtree(folder)  # though it was complete: a kill can have left it
 
 
-def finish(source: Source, options: argparse.Namespace, rows: list, wrong: list[str]) -> None:
+def finish(source: Source, options: Namespace, rows: list, wrong: list[str]) -> None:
     """Write the question file; read it as a run will; count what has its clip, and name what has not."""
     target = options.data / source.questions
     if rows:
@@ -303,7 +313,7 @@ def write_rows(path: Path, rows: list) -> None:
     write_text(path, text + "\n")
 
 
-def found_before(source: Source, options: argparse.Namespace) -> str:
+def found_before(source: Source, options: Namespace) -> str:
     """What `finish` found, if the set is complete (with this --limit, or without one); else empty."""
     if (options.data / source.questions).exists():
         for state in rows_of(options.data / source.name / "complete.json"):
@@ -315,7 +325,7 @@ def found_before(source: Source, options: argparse.Namespace) -> str:
 # ------------------------------------------------------------------------------------------- all sets
 
 
-def print_plan(sources: list[Source], options: argparse.Namespace) -> None:
+def print_plan(sources: list[Source], options: Namespace) -> None:
     """What each takes, and what is there of it. Raises InputError where a disk is too small."""
     need = Counter()  # GB
     for source in sources:
@@ -341,7 +351,7 @@ def print_plan(sources: list[Source], options: argparse.Namespace) -> None:
             raise InputError(f"{size:.1f} GB are needed at {place}, {free:.1f} GB are free")
 
 
-def fetch_all(options: argparse.Namespace) -> None:
+def fetch_all(options: Namespace) -> None:
     """Fetch one after the other, whatever happens to those before; InputError at the end if one failed."""
     failed = []
     for source in options.sets:
@@ -358,16 +368,15 @@ def fetch_all(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("sets", nargs="*", type=source_of, help="sets, or models as owner/name (none: list them)")
-    add("--data", type=Path, default=Path("data"), help="folder of the data (%(default)s)")
-    add("--limit", type=int, default=0, help="the first N clips of each set, and their questions (0: all)")
+    add("--data", type=Path, default=Path("data"), help="folder of the data")
+    add("--limit", type=WHOLE, default=0, help="the first N clips of each set, and their questions (0: all)")
     add("--plan", action="store_true", help="print what it will take, and stop")
-    options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once: threads may be downloading
     try:
+        options = parser.parse_args()
         print_plan(options.sets or SETS.values(), options)
         if not options.plan:
             fetch_all(options)

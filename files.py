@@ -1,13 +1,16 @@
-"""Files that matter: read whole, written whole or not at all, rows that survive a kill, one writer at a time.
+"""What every program stands on: options, and files that matter.
 
-Every other file of the project stands on this one. It knows nothing of questions, models or processes.
+Those are read whole, written whole or not at all; rows survive a kill; one process writes at a time. Nothing
+here knows of questions, models or processes.
 """
 
+import argparse
 import fcntl
 import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +21,54 @@ class InputError(Exception):
 
 class LocalError(InputError):
     """What is wrong in one process alone, which says it whatever its rank."""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands, and every option's default that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.nargs == 0:  # a switch
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A program's options, from tables; what is wrong with one is one line, as for all other input."""
+
+    def __init__(self, text: str):
+        super().__init__(description=text, formatter_class=Help, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (see --help)")
+
+    def table(self, title: str, rows: list[tuple]) -> None:
+        """Rows of name, type or choices, default, help; bool is a switch, a list as default takes several."""
+        add = self.add_argument_group(title).add_argument
+        for name, kind, default, text in rows:
+            more = {"type": kind}
+            if kind is bool:
+                more = {"action": "store_true"}
+            elif isinstance(kind, list):
+                more = {"choices": kind}
+            elif isinstance(default, list):
+                more["nargs"] = "+"
+            add(name, default=default, help=text, **more)
+
+
+def at_least(least: float, kind: type = int) -> Callable[[str], float]:
+    """An option's type: a finite number from `least` on."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value < 2**63:
+            raise ValueError
+        return value
+
+    return number
+
+
+COUNT = at_least(1)
+WHOLE = at_least(0)
 
 
 def read_text(path: Path | str) -> str:
@@ -80,12 +131,22 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def refuse_changes(out: Path, *, then: dict, now: dict) -> None:
-    """InputError where what `out` holds was made with other settings than these."""
+def made_before(about: Path, written: list[Path], now: dict) -> dict:
+    """What `about` says of how the files `written` were made; {} where there are none.
+
+    InputError where it was with other settings than `now`, or by another program.
+    """
+    if not any(path.exists() for path in written):
+        return {}
+    try:
+        then = dict(parse_json(read_text(about)))
+    except (InputError, ValueError, TypeError):
+        raise InputError(f"{about} does not say how what is there was made; take another --out") from None
     now = json.loads(json.dumps(now))
     changed = [f"{name}: {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
     if changed:
-        raise InputError(f"{out} is of other arguments ({'; '.join(changed)}); take another --out")
+        raise InputError(f"{about} is of other arguments ({'; '.join(changed)}); take another --out")
+    return then
 
 
 def one_writer(path: Path | str, patience: float = 5.0) -> IO:

@@ -53,8 +53,22 @@ log = logging.getLogger("omni_r1")
 
 def start_processes(minutes: float = 30) -> tuple[int, int, torch.device]:
     """Join torchrun's processes, or be the only one: (rank, world size, device). Raises LocalError."""
+    device = torch.device("cpu")
+    backend = "gloo"
+    alone = {}
+    if "RANK" not in os.environ:
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
-        device = join_processes(minutes)
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            backend = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(device)
+            # torchrun sets OMP_NUM_THREADS=1, but an optimizer in host memory wants its share of the cores
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        else:
+            check_driver()
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes), **alone)  # a hung collective's
     except (ValueError, RuntimeError) as error:
         wanted = "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, one process a GPU"
         raise LocalError(f"torchrun sets {wanted}; here: {first_line(error)}") from None
@@ -62,25 +76,6 @@ def start_processes(minutes: float = 30) -> tuple[int, int, torch.device]:
     if dist.get_rank() > 0:
         log.setLevel(logging.WARNING)  # one process tells what all do
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def join_processes(minutes: float) -> torch.device:
-    device = torch.device("cpu")
-    backend = "gloo"
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
-        # torchrun sets OMP_NUM_THREADS=1, but an optimizer in host memory wants this process's share of cores
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    else:
-        check_driver()
-    alone = {}
-    if "RANK" not in os.environ:
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=timedelta(minutes=minutes), **alone)  # a hung collective's end
-    return device
 
 
 def check_driver(root: Path = Path("/")) -> None:
@@ -215,6 +210,9 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
     flat = parameters_to_vector(gradients) / dist.get_world_size()
     dist.all_reduce(flat)
     vector_to_parameters(flat, gradients)
+
+
+DTYPES = ["auto", "bfloat16", "float32"]  # --dtype
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

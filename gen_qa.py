@@ -11,7 +11,6 @@ moment, the same command goes on. A clip whose answers stay unusable after five 
 refuses, is a line of Q.rejected.jsonl with the reason.
 """
 
-import argparse
 import collections
 import csv
 import functools
@@ -22,6 +21,7 @@ import random
 import re
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -30,7 +30,19 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from chat import ChatClient, Refused
-from files import InputError, append_rows, first_line, one_writer, parse_json, read_text, rows_of, write_text
+from files import (
+    COUNT,
+    WHOLE,
+    InputError,
+    Parser,
+    append_rows,
+    first_line,
+    one_writer,
+    parse_json,
+    read_text,
+    rows_of,
+    write_text,
+)
 
 PROMPT = """\
 You are given information about acoustic events in an audio as answers to following questions:
@@ -110,13 +122,13 @@ def wanted_clips(path: Path) -> dict[str, str]:
     else:
         for row in csv.reader(text.splitlines()):
             if len(row) > 1:
-                row[0] = f"{row[0]}_{int(row[1]):06d}"
+                row[0] += f"_{row[1].zfill(6)}"
             if row and row[-1] != "test":
                 names.append(row[0].strip())
     return {same_clip(name): name for name in map(str, names)}
 
 
-def find_columns(args: argparse.Namespace) -> dict[Path, tuple[str, dict[int, str]]]:
+def find_columns(args: Namespace) -> dict[Path, tuple[str, dict[int, str]]]:
     """Where A1 to A4 stand: table -> (its column of ids, {0 to 3: its column}). Raises InputError."""
     names = PUBLISHED
     if args.columns:
@@ -137,7 +149,7 @@ def find_columns(args: argparse.Namespace) -> dict[Path, tuple[str, dict[int, st
     return tables
 
 
-def read_captions(args: argparse.Namespace) -> dict[str, list[str]]:
+def read_captions(args: Namespace) -> dict[str, list[str]]:
     """The clips of one table, or of several joined by id, of --ids alone if given: name -> [A1, A2, A3, A4].
 
     What is left out is counted and named. Raises InputError.
@@ -229,7 +241,7 @@ def question_row(name: str, question: str, choices: list[str], *, seed: int, tok
 class Ledger:
     """Q.jsonl and Q.rejected.jsonl: what is finished, and the tokens (in, out) that it took."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: Namespace):
         self.out = args.out
         self.rejected = args.out.with_suffix(".rejected.jsonl")
         self.prices = (args.price_in, args.price_out)
@@ -303,7 +315,7 @@ def ask(client: ChatClient, ledger: Ledger, clip: tuple[str, list[str]]) -> None
     ledger.record(row)
 
 
-def generate(args: argparse.Namespace, captions: dict[str, list[str]]) -> None:
+def generate(args: Namespace, captions: dict[str, list[str]]) -> None:
     """Ask for every clip that has no question yet. What is being answered when it ends is still recorded."""
     client = ChatClient(args.url, args.model)
     ledger = Ledger(args)
@@ -339,48 +351,48 @@ def keep_shortest(path: Path, count: int) -> None:
     print(f"{target}: the {len(rows[:count])} shortest of {len(rows)}")
 
 
-def print_samples(args: argparse.Namespace, captions: dict[str, list[str]]) -> None:
+def print_samples(args: Namespace, captions: dict[str, list[str]]) -> None:
     """--sample: questions for a person to read, with the captions they come from."""
     rows = [row for row in rows_of(args.out) if row.get("id") in captions]
     if not rows:
         raise InputError(f"{args.out}: no questions to sample from")
     for row in random.Random(args.seed).sample(rows, min(args.sample, len(rows))):
-        print(f"\n{row['id']}")
-        for i, text in enumerate(captions[row["id"]], 1):
-            print(f"  A{i}: {text}")
-        print(f"\n  {row['question_text']}")
+        sent = prompt_for(captions[row["id"]]).splitlines()[-5:-1]  # A1 to A4
+        print("", row["id"], *sent, row["question_text"], sep="\n  ")
         for i, choice in enumerate(row["multi_choice"]):
-            print("  " + " *"[i == row["answer"]] + f" {choice}")
+            print("   ", "*" * (i == row["answer"]), choice)
 
 
-def parse_args() -> argparse.Namespace:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape, allow_abbrev=False)
+def parse() -> Namespace:
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--captions", required=True, nargs="+", type=Path, help="CSV or JSON tables, joined by id")
-    names = ("ID", "CAPTION", "SOUND", "SPEECH", "MUSIC")
-    add("--columns", nargs=5, metavar=names, help="the tables' columns (default: the published names)")
     add("--out", required=True, type=Path, help="questions in AVQA's format; may exist")
-    add("--ids", type=Path, help="only these clips: AVQA's questions, VGGSound's CSV, or names, one a line")
-    add("--url", default="https://api.openai.com/v1/chat/completions", help="endpoint (default: %(default)s)")
-    add("--model", default="gpt-4o-mini", help="the endpoint's name of the model (default: %(default)s)")
-    add("--workers", type=int, default=16, help="requests at a time (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the answers' places and of --sample (default: %(default)s)")
-    add("--price_in", type=float, default=0.15, help="dollars a million input tokens (default: %(default)s)")
-    add(
-        "--price_out", type=float, default=0.60, help="dollars a million output tokens (default: %(default)s)"
+    names = ("ID", "CAPTION", "SOUND", "SPEECH", "MUSIC")
+    add("--columns", nargs=5, metavar=names, help="the tables' columns (None: the published names)")
+    parser.table(
+        "what is asked of whom",
+        [
+            ("--ids", Path, None, "only these clips: AVQA's questions, VGGSound's CSV, or names, one a line"),
+            ("--url", str, "https://api.openai.com/v1/chat/completions", "endpoint"),
+            ("--model", str, "gpt-4o-mini", "the endpoint's name of the model"),
+            ("--workers", COUNT, 16, "requests at a time"),
+            ("--seed", WHOLE, 0, "of the answers' places and of --sample"),
+            ("--price_in", float, 0.15, "dollars a million input tokens"),
+            ("--price_out", float, 0.60, "dollars a million output tokens"),
+            ("--dry_run", bool, False, "print clips, price and one full prompt; write nothing"),
+            ("--sample", WHOLE, 0, "print so many finished questions; write nothing"),
+            ("--keep_shortest", WHOLE, 0, "so many of the shortest to OUT's .shortest.jsonl"),
+            ("--retry_rejected", bool, False, "ask again for what was rejected before"),
+        ],
     )
-    add("--dry_run", action="store_true", help="print clips, price and one full prompt; write nothing")
-    add("--sample", type=int, default=0, metavar="N", help="print N finished questions; write nothing")
-    add("--keep_shortest", type=int, default=0, metavar="N", help="the N shortest to OUT's .shortest.jsonl")
-    add("--retry_rejected", action="store_true", help="ask again for what was rejected before")
     return parser.parse_args()
 
 
 def main() -> None:
-    args = parse_args()
     logging.basicConfig(format="%(message)s")
     try:
+        args = parse()
         captions = read_captions(args)
         if args.sample:
             print_samples(args, captions)

@@ -105,9 +105,6 @@ class Rollout:
     old_logps: Tensor | None = None  # (B * G, T), of the policy that sampled
     ref_logps: Tensor | None = None  # (B * G, T)
 
-    def prompts(self) -> list:
-        return [one.prompt for one in self.asked]
-
 
 def roll_out(
     policy: Any,
@@ -166,7 +163,7 @@ def score(
     What does not change from update to update (the reference's log-probs, those of the policy that sampled,
     the mask) is put into the rollout the first time. `reference` is None when beta is 0.
     """
-    prompts = rollout.prompts()
+    prompts = [one.prompt for one in rollout.asked]
     if reference is not None and rollout.ref_logps is None:
         with torch.no_grad():
             rollout.ref_logps = reference.score(prompts, rollout.responses).logps

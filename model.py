@@ -175,12 +175,12 @@ class PromptEncoder:
 
     def plain(self, text: str) -> list[int]:
         """Tokens of a text in which nothing is a control token, whatever the tokenizer calls special."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        if self.controls.isdisjoint(ids):
-            return ids
-        ids = []
-        for piece in re.split("(?<=<)", text):  # no such token goes on over a "<"
-            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
+        for pieces in ([text], re.split("(?<=<)", text)):  # no such token goes on over a "<"
+            ids = []
+            for piece in pieces:
+                ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
+            if self.controls.isdisjoint(ids):
+                break
         return ids
 
 
@@ -240,7 +240,11 @@ def pack(
     segments = pad_sequence(all_segments, batch_first=True, padding_value=-2)
     mask = None
     if segments.max() >= 0:
-        mask = scoring_mask(segments.to(device))
+        keys = segments.to(device).unsqueeze(1)
+        sees = (keys == -1) | (
+            keys == keys.mT
+        )  # the padding sees itself: a row that sees nothing would be NaN
+        mask = sees.tril().unsqueeze(1)
     return Tokens(
         ids=ids,
         positions=pad_sequence(all_positions, batch_first=True),
@@ -250,14 +254,6 @@ def pack(
         clips=[prompt for prompt in prompts if prompt.input_features is not None],
         placeholders=(ids == audio_token_id) & (segments == -1),  # a response may say the token
     )
-
-
-def scoring_mask(segments: Tensor) -> Tensor:
-    """(B, L) -> (B, 1, L, L): each token sees the prompt and its own segment, as far as itself."""
-    keys = segments.unsqueeze(1)
-    queries = segments.unsqueeze(2)
-    sees = (keys == -1) | (keys == queries)  # the padding sees itself: a row that sees nothing would be NaN
-    return sees.tril().unsqueeze(1)
 
 
 def decoding_mask(
@@ -272,14 +268,10 @@ def decoding_mask(
     and read once, not G times: the keys are [prompt, step 1's G tokens, step 2's, ...].
     """
     device = lengths.device
-    shape = (len(lengths), group_size, -1)
-    columns = torch.arange(int(lengths.max()), device=device)
-    in_prompt = columns < lengths[:, None, None]  # (B, 1, P)
-    same_response = torch.eye(group_size, dtype=torch.bool, device=device)
-    own = same_response.repeat(1, tokens)  # (G, tokens * G)
-    parts = [in_prompt.expand(shape), own.expand(shape)]
-    mask = torch.cat(parts, dim=-1)
-    return mask.unsqueeze(1)
+    in_prompt = torch.arange(int(lengths.max()), device=device) < lengths[:, None, None, None]
+    own = torch.eye(group_size, dtype=torch.bool, device=device).repeat(1, tokens)
+    parts = [in_prompt.expand(-1, 1, group_size, -1), own.expand(len(lengths), 1, -1, -1)]
+    return torch.cat(parts, dim=-1)
 
 
 # --------------------------------------------------------------------------------------------------- model
@@ -393,11 +385,9 @@ class AudioLM(nn.Module):
                 logits = logits.view(B, G, -1)
         drawn = torch.stack(said, dim=-1).flatten(0, 1).cpu()  # (B * G, T)
         ends = torch.isin(drawn, self.eos).int()
-        counts = (ends.cumsum(-1) - ends == 0).sum(-1)  # all before the first end, and that one
-        responses = []
-        for row, count in zip(drawn, counts.tolist(), strict=True):
-            responses.append(row[:count])
-        return [responses[b * G : (b + 1) * G] for b in range(B)]
+        is_said = ends.cumsum(-1) - ends == 0  # all before the first end, and that one
+        responses = drawn[is_said].split(is_said.sum(-1).tolist())
+        return [list(responses[b * G : (b + 1) * G]) for b in range(B)]
 
     def all_done(self, done: Tensor) -> bool:
         finished = done.all().int()
@@ -412,8 +402,21 @@ class AudioLM(nn.Module):
     ) -> Scores:
         """log pi(o_t | q, o_<t) of Eq. 3 for B groups of G responses, in one pass over B rows."""
         packed = pack(prompts, groups, self.prompts.audio_token_id, self.device)
-        logits = self(packed)
-        return score_logits(logits, groups)
+        logits = self(packed)  # (tokens of all responses, vocabulary)
+        responses = sum(groups, [])
+        lengths = lengths_of(responses).unsqueeze(1)
+        mask = torch.arange(int(lengths.max())) < lengths  # (B * G, T)
+        mask = mask.to(self.device)
+        tokens = torch.cat(responses).to(self.device)
+        logps = -F.cross_entropy(logits, tokens, reduction="none")
+        with torch.no_grad():  # 64 rows at a time: an entropy needs three more arrays of the logits' size
+            entropies = torch.cat([entropy_of(part) for part in logits.split(64)])
+        empty = logps.new_zeros(mask.shape)
+        return Scores(
+            logps=empty.masked_scatter(mask, logps),
+            mask=mask,
+            entropy=empty.masked_scatter(mask, entropies).sum(-1) / mask.sum(-1),
+        )
 
     def save(
         self,
@@ -435,33 +438,10 @@ def draw(
     # A NaN stops multinomial (and with it a GPU for good); let the loss be NaN instead, which is reported.
     probabilities = (logits / temperature).softmax(-1)
     probabilities = probabilities.nan_to_num(nan=1.0)
-    if generators is None:
-        generators = [None] * len(probabilities)
     drawn = []
-    for row, generator in zip(probabilities, generators, strict=True):
+    for row, generator in zip(probabilities, generators or [None] * len(logits), strict=True):
         drawn.append(torch.multinomial(row, 1, generator=generator))
     return torch.stack(drawn).squeeze(-1)
-
-
-def score_logits(
-    logits: Tensor,
-    groups: list[list[Tensor]],
-) -> Scores:
-    """The logits of `pack`'s places -> log-probs and entropies of the B x G responses."""
-    responses = sum(groups, [])
-    lengths = lengths_of(responses).unsqueeze(1)
-    mask = torch.arange(int(lengths.max())) < lengths  # (B * G, T)
-    mask = mask.to(logits.device)
-    tokens = torch.cat(responses).to(logits.device)
-    logps = -F.cross_entropy(logits, tokens, reduction="none")
-    with torch.no_grad():  # 64 rows at a time: an entropy needs three more arrays of the logits' size
-        entropies = torch.cat([entropy_of(part) for part in logits.split(64)])
-    empty = logps.new_zeros(mask.shape)
-    return Scores(
-        logps=empty.masked_scatter(mask, logps),
-        mask=mask,
-        entropy=empty.masked_scatter(mask, entropies).sum(-1) / mask.sum(-1),
-    )
 
 
 def entropy_of(logits: Tensor) -> Tensor:
@@ -503,8 +483,6 @@ def hear_omni(
     convolved = (chunk_lengths - 1) // 2 + 1
     is_heard = torch.arange((chunks.shape[2] + 1) // 2) < convolved.unsqueeze(1)  # (chunks, longest)
     tokens = is_heard.flatten().cumsum(0) - 1  # in the padding, the one before it again
-    bias = torch.zeros(is_heard.shape)
-    bias = bias.masked_fill(~is_heard, -math.inf)
     tower.config._attn_implementation = "chunks"
     return tower(
         padded_feature=chunks,
@@ -515,7 +493,7 @@ def hear_omni(
         feature_lens=lengths,
         places=places,
         tokens=tokens.view(is_heard.shape).to(device),
-        bias=bias[:, None, None].to(device),
+        mask=is_heard[:, None, None].to(device),
     ).last_hidden_state
 
 
@@ -524,20 +502,18 @@ def attend_in_chunks(
     *projected: Tensor,
     places: Tensor,
     tokens: Tensor,
-    bias: Tensor,
+    mask: Tensor,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """One call for all chunks of 2 s, padded to the longest; transformers makes one for each.
 
     Three (1, heads, L, size), all chunks one after the other -> (1, L, heads, size). `tokens`, (chunks,
-    longest), are those of L that stand in each padded place, `places` (L,) the way back; `bias` is -inf for
-    padding.
-    Gathering keeps less for the backward pass than scattering into zeros would.
+    longest), are those of L that stand in each padded place, `places` (L,) the way back; `mask` leaves the
+    padding out. Gathering keeps less for the backward pass than scattering into zeros would.
     """
     packed = torch.cat(projected).transpose(1, 2)  # (3, L, heads, size)
     padded = packed[:, tokens].transpose(2, 3)  # (3, chunks, heads, longest, size)
-    bias = bias.to(packed.dtype)
-    said = F.scaled_dot_product_attention(*padded, bias, scale=layer.scaling)
+    said = F.scaled_dot_product_attention(*padded, mask, scale=layer.scaling)
     said = said.transpose(1, 2).flatten(0, 1)
     return said[None, places], None
 
@@ -599,10 +575,7 @@ def hear_whisper(
         x = layer(x, attention_mask=mask)
     x = tower.avg_pooler(x.transpose(1, 2))
     x = tower.layer_norm(x.transpose(1, 2))
-    parts = []
-    for row, length in zip(x, lengths, strict=True):
-        parts.append(row[: length // 2])
-    return torch.cat(parts)
+    return torch.cat([row[: length // 2] for row, length in zip(x, lengths, strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------- loading

@@ -7,10 +7,10 @@ tests/test_plan.py compares the bytes with a whole step at the published sizes. 
 one whose step is modelled to be the shortest is taken, here and at the start of every run.
 """
 
-import argparse
 import math
 import os
 import re
+from argparse import Namespace
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -90,7 +90,7 @@ class Layout:
 class Plan:
     """A run under one layout: the recipe, the machine, the model in numbers of parameters."""
 
-    config: argparse.Namespace
+    config: Namespace
     layout: Layout | None
     gpus: int  # that share one set of shards
     card: Card
@@ -247,7 +247,7 @@ def choose_plan(
     model: torch.nn.Module,
     gpus: int,
     dtype: torch.dtype,
-    config: argparse.Namespace,
+    config: Namespace,
     device: torch.device,
     clip_seconds: float = 10.0,
 ) -> Plan:
@@ -369,7 +369,7 @@ def available_host_memory(root: Path = Path("/")) -> float:
     return available
 
 
-def set_batch(config: argparse.Namespace, world: int) -> None:
+def set_batch(config: Namespace, world: int) -> None:
     """InputError if the processes cannot share a step's questions."""
     if world % config.replicas:
         raise InputError(f"--replicas {config.replicas} does not divide the {world} processes")
@@ -432,7 +432,7 @@ def plan_line(plan: Plan) -> str:
     )
 
 
-def print_plan(config: argparse.Namespace) -> None:
+def print_plan(config: Namespace) -> None:
     """train.py --plan: from config.json alone (of a hub name, nothing else is fetched)."""
     model = empty_model(find_model(config.model, config_only=True), not config.no_audio)
     gpus = config.world_size or torch.accelerator.device_count() or 1

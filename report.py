@@ -12,7 +12,6 @@ data, which is replaced here. Every number carries an interval: the published di
 the noise of 1,000 questions.
 """
 
-import argparse
 import json
 import logging
 import math
@@ -27,7 +26,7 @@ from urllib.parse import quote
 import numpy as np
 
 from data import Question, questions_hash, read_questions
-from files import InputError, first_line, parse_json, read_text, rows_of, write_text
+from files import InputError, Parser, first_line, parse_json, read_text, rows_of, write_text
 from reward import string_match
 
 log = logging.getLogger("omni_r1")
@@ -182,26 +181,22 @@ def groups_of(questions: list[Question]) -> dict[str, list[int]]:
 
 
 def score_questions(questions: list[Question]) -> Scores:
-    """The accuracy in each group. Wilson's interval, or a bootstrap where several orders were asked."""
-    several = len(answers(questions[0])) > 1
+    """The accuracy in each group; its interval is a little wide where several orders were asked."""
     if questions[0].answer is None:
         return {"all": "answers hidden"}
     shares = np.array([correct(question) for question in questions])
     scores = {}
     for group, places in groups_of(questions).items():
         some = shares[places]
-        interval = wilson(some.sum(), len(some))
-        if several:
-            interval = bootstrap(some)
-        scores[group] = (some.mean(), *interval, len(some))
+        scores[group] = (some.mean(), *wilson(some.sum(), len(some)), len(some))
     return scores
 
 
 def summary_lines(path: Path | str) -> list[str]:
-    """A predictions file's accuracies as text. Raises InputError if the right answers are hidden."""
+    """A predictions file's accuracies as text."""
     questions = read_questions(path)
     if questions[0].answer is None:
-        raise InputError(f"{path} holds no right answers (test-full): send it to the benchmark's server")
+        return [f"{path} holds no right answers (test-full): send it to the benchmark's server"]
     lines = []
     for group, numbers in score_questions(questions).items():
         lines.append(f"{group:45} {percent(*numbers)}  n = {numbers[3]}")
@@ -300,7 +295,6 @@ class Result:
     run: str
     bench: str
     audio: str  # one of HEARD
-    path: Path
     about: dict  # its .meta
     questions: list[Question]
     scores: Scores
@@ -332,7 +326,7 @@ def read_result(meta: Path, folder: Path) -> Result:
     questions = read_questions(path, about["audio_dir"] or os.path.dirname(about["data"]))
     run = path.parent.parent if path.parent.name == "eval" else path.with_suffix("")
     scores = score_questions(questions)
-    return Result(run_name(run, folder), about["bench"], about["audio"], path, about, questions, scores)
+    return Result(run_name(run, folder), about["bench"], about["audio"], about, questions, scores)
 
 
 def read_run(file: Path, folder: Path) -> tuple[str, dict]:
@@ -476,12 +470,12 @@ def results_table(results: list[Result]) -> Table:
 
 
 def markdown(table: Table) -> str:
-    """A table in Markdown. A name that would break out of its cell, or is not UTF-8, cannot."""
+    """A table in Markdown. A name that would break out of its cell cannot."""
     _, columns, rows = table
     lines = []
     for cells in [columns, ["---"] * len(columns), *rows]:
         lines.append(f"| {' | '.join(map(cell_text, cells))} |")
-    return "\n".join(lines).encode("utf-8", "replace").decode()
+    return "\n".join(lines)
 
 
 def cell_text(cell: str | list) -> str:
@@ -529,16 +523,13 @@ def draw(results: list[Result], runs: dict[str, dict], folder: Path) -> tuple[li
     return rows, texts
 
 
-def notes(results: list[Result], runs: dict[str, dict]) -> list[str]:
-    """A line for each model that is not of the paper's size: beside the paper's numbers ours mislead."""
-    sizes = {run["model"]: run["parameters"] for run in runs.values()}
+def notes(runs: dict[str, dict]) -> list[str]:
+    """A line for each run whose model is not of the paper's size: beside the paper's numbers ours mislead."""
     found = []
-    for run, about in ({result.run: result.about for result in results} | runs).items():
-        model = str(about.get("model"))
-        papers = "7B" in model or about.get("url")
-        size = sizes.get(model, PAPERS_SIZE if papers else 0)
-        if size < PAPERS_SIZE:
-            found.append(f"{run} is {model}, of {size or 'unknown'} parameters: not the paper's 7B model")
+    for name, about in runs.items():
+        if about["parameters"] < PAPERS_SIZE:
+            size = f"{about['model']}, of {about['parameters']:,} parameters"
+            found.append(f"{name} is {size}: not the paper's 7B model")
     return found
 
 
@@ -557,13 +548,14 @@ def report(folder: Path | str) -> str:
     runs = dict(readable(folder.rglob("log.jsonl"), read_run, folder))
     if not results and not runs:
         raise InputError(f"{folder} has no log, and no predictions of evaluate.py (with their .meta file)")
-    small = notes(results, runs)
+    small = notes(runs)
     tables = [*paper_tables(results), results_table(results)]
     text = "# Results\n\nOurs in bold with its 95 % interval, the paper's in parentheses.\n"
     for note in small:
-        text += f"\n**{note}**\n".encode("utf-8", "replace").decode()
+        text += f"\n**{note}**\n"
     for table in tables:
         text += f"\n### {table[0]}\n\n{markdown(table)}\n"
+    text = text.encode("utf-8", "replace").decode()  # a folder's name need not be UTF-8
     drawn, questions = draw(results, runs, folder)
     data = {"tables": tables, "notes": small, "runs": runs, "questions": questions, "results": drawn}
     write_text(folder / "report.md", text)
@@ -577,18 +569,16 @@ def report(folder: Path | str) -> str:
 def main() -> None:
     logging.basicConfig(format="%(message)s")
     sys.stdout.reconfigure(errors="replace")  # a file's name need not be UTF-8
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("results", nargs="?", help="a folder of runs: write the paper's tables and a page into it")
     add("--score", metavar="P", help="print the accuracies of a predictions file")
     add("--compare", nargs=2, metavar=("A", "B"), help="print the paired difference of two")
     add("--need", nargs=2, metavar=("REAL", "SILENT"), help="print how much of a score needs the audio")
     add("--split", nargs="+", metavar="P", help="write the questions never, sometimes, always answered right")
-    parser.add_argument("--out", default=".", help="folder of --split's three files (%(default)s)")
-    args = parser.parse_args()
+    parser.add_argument("--out", default=".", help="folder of --split's three files")
     try:
+        args = parser.parse_args()
         if args.score:
             lines = summary_lines(args.score)
         elif args.compare:

@@ -19,13 +19,12 @@ import math
 import os
 import shutil
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -47,12 +46,16 @@ from data import (
     questions_hash,
 )
 from files import (
+    COUNT,
+    WHOLE,
     InputError,
     LocalError,
+    Parser,
     append_rows,
+    at_least,
+    made_before,
     parse_json,
     read_text,
-    refuse_changes,
     rows_of,
     sha256,
     write_text,
@@ -69,86 +72,72 @@ log = logging.getLogger("omni_r1")
 FREE = """out accumulation reshard checkpointing cpu_offload replicas save_minutes save_every keep
 save_model_every plan world_size gpu explain"""
 AUTO = ["auto", "on", "off"]
+PLACES = ["auto", "off", "moments", "on"]
 FIRST_SAVE = 5  # minutes until the first checkpoint, where --save_minutes is more
 SHOWN = ["reward", "official", "kl", "frac_reward_zero_std"]  # ten times a run
 
 
-class Parser(ArgumentParser):
-    """What is wrong with an option is one line, as for all other input."""
-
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (see --help)")
-
-
-class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """The docstring as it stands, and every option's default."""
-
-
-def at_least(least: float, kind: type = int) -> Callable[[str], float]:
-    """An option's type: a finite number from `least` on."""
-
-    def number(text: str) -> float:
-        value = kind(text)
-        if not least <= value < 2**63:
-            raise ValueError
-        return value
-
-    return number
-
-
-COUNT = at_least(1)
-WHOLE = at_least(0)
 AMOUNT = at_least(0, float)
 POSITIVE = at_least(1e-12, float)  # a logit divided by it is far from fp32's end
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    parser = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    add = parser.add_argument_group("what is learned from").add_argument
-    add("--model", default="Qwen/Qwen2.5-Omni-7B", help="checkpoint folder or hub name")
-    add("--data", nargs="+", default=["data/avqa/train_qa.json"], help="question file(s) in any known format")
-    add("--audio_dir", nargs="+", default=[None], help="folder(s) of the clips (None: beside the questions)")
-    add("--shares", nargs="+", type=POSITIVE, default=[1.0], help="each file's share of the steps")
-    add("--no_audio", action="store_true", help="drop the audio tokens from every prompt (Section IV-E)")
-    add("--prompt", choices=list(PROMPTS), default="direct", help="how the answer is asked for")
-    add("--hold_out", type=WHOLE, default=0, help="questions kept from training and scored meanwhile")
-    add("--eval_data", help="a question file scored meanwhile instead of --hold_out, 200 of it at most")
-    add("--eval_audio_dir", help="folder of its clips (None: beside the file)")
-    add("--eval_every", type=COUNT, default=300, help="steps between held-out scores")
-    add = parser.add_argument_group("the recipe").add_argument
-    add("--steps", type=COUNT, default=1000, help="optimizer steps")
-    add("--batch", type=COUNT, default=8, help="questions of a step, over all processes")
-    add("--group_size", type=at_least(2), default=4, help="responses per question, G")
-    add("--temperature", type=POSITIVE, default=1.2, help="sampling temperature of the rollout")
-    add("--max_new_tokens", type=COUNT, default=64, help="longest response, in tokens")
-    add("--reward", default="exact", help="exact, official, contains, or FILE.py:function (see reward.py)")
-    add("--format_weight", type=AMOUNT, default=0.0, help="reward for the form that --prompt asks for")
-    add("--beta", type=AMOUNT, default=0.04, help="weight of the KL divergence; 0: no reference model")
-    add("--epsilon", type=POSITIVE, default=0.2, help="clipping range of the probability ratio")
-    add("--loss", choices=["sequence", "token", "dr"], default="sequence", help="what weighs the same")
-    add("--updates", type=COUNT, default=1, help="optimizer steps on each rollout")
-    add("--lr", type=POSITIVE, default=1e-6, help="learning rate at the start; falls linearly to 0")
-    add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm")
-    add("--seed", type=WHOLE, default=0, help="of the order of questions and of sampling")
-    add("--lora", type=WHOLE, default=0, help="train low-rank pairs of this rank, nothing else; 0: all")
-    dtypes = ["auto", "bfloat16", "float32"]
-    add("--dtype", choices=dtypes, default="auto", help="of the computation; auto: bfloat16 on GPUs that can")
-    add = parser.add_argument_group("where it runs, what is written").add_argument
-    add("--accumulation", type=WHOLE, default=0, help="passes of a process a step (0: as few as fit)")
-    add("--reshard", choices=AUTO, default="auto", help="free each layer's gathered weights after use")
-    add("--checkpointing", choices=AUTO, default="auto", help="recompute activations in the backward pass")
-    places = ["auto", "off", "moments", "on"]
-    add("--cpu_offload", choices=places, default="auto", help="to host memory: AdamW's moments, or all")
-    add("--replicas", type=COUNT, default=1, help="copies of the shards: one a node, say")
-    add("--plan", action="store_true", help="print the memory, time and disk that the run takes, and stop")
-    add("--world_size", type=WHOLE, default=0, help="--plan: number of GPUs (0: as found)")
-    add("--gpu", default="", help="--plan: the card's name, or its GiB (as found)")
-    add("--out", default="results/omni-avqa", help="the run's folder; one with checkpoints must be your own")
-    add("--save_minutes", type=POSITIVE, default=20, help="minutes between checkpoints; the first after 5")
-    add("--save_every", type=WHOLE, default=0, help="steps between checkpoints instead (0: by minutes)")
-    add("--keep", type=COUNT, default=2, help="checkpoints kept (12 bytes a parameter each)")
-    add("--save_model_every", type=WHOLE, default=0, help="steps between model folders (0: the last alone)")
-    add("--explain", action="store_true", help="print one question's step with all its numbers, and stop")
+    parser = Parser(__doc__)
+    parser.table(
+        "what is learned from",
+        [
+            ("--model", str, "Qwen/Qwen2.5-Omni-7B", "checkpoint folder or hub name"),
+            ("--data", str, ["data/avqa/train_qa.json"], "question file(s) in any known format"),
+            ("--audio_dir", str, [None], "folder(s) of the clips (None: beside the questions)"),
+            ("--shares", POSITIVE, [1.0], "each file's share of the steps"),
+            ("--no_audio", bool, False, "drop the audio tokens from every prompt (Section IV-E)"),
+            ("--prompt", list(PROMPTS), "direct", "how the answer is asked for"),
+            ("--hold_out", WHOLE, 0, "questions kept from training and scored meanwhile"),
+            ("--eval_data", str, None, "a question file scored instead of --hold_out, 200 of it at most"),
+            ("--eval_audio_dir", str, None, "folder of its clips (None: beside the file)"),
+            ("--eval_every", COUNT, 300, "steps between held-out scores"),
+        ],
+    )
+    parser.table(
+        "the recipe",
+        [
+            ("--steps", COUNT, 1000, "optimizer steps"),
+            ("--batch", COUNT, 8, "questions of a step, over all processes"),
+            ("--group_size", at_least(2), 4, "responses per question, G"),
+            ("--temperature", POSITIVE, 1.2, "sampling temperature of the rollout"),
+            ("--max_new_tokens", COUNT, 64, "longest response, in tokens"),
+            ("--reward", str, "exact", "exact, official, contains, or FILE.py:function (see reward.py)"),
+            ("--format_weight", AMOUNT, 0.0, "reward for the form that --prompt asks for"),
+            ("--beta", AMOUNT, 0.04, "weight of the KL divergence; 0: no reference model"),
+            ("--epsilon", POSITIVE, 0.2, "clipping range of the probability ratio"),
+            ("--loss", ["sequence", "token", "dr"], "sequence", "what weighs the same"),
+            ("--updates", COUNT, 1, "optimizer steps on each rollout"),
+            ("--lr", POSITIVE, 1e-6, "learning rate at the start; falls linearly to 0"),
+            ("--max_grad_norm", POSITIVE, 1.0, "gradients are clipped to this norm"),
+            ("--seed", WHOLE, 0, "of the order of questions and of sampling"),
+            ("--lora", WHOLE, 0, "train low-rank pairs of this rank, nothing else; 0: all"),
+            ("--dtype", fsdp.DTYPES, "auto", "of the computation; auto: bfloat16 on GPUs that can"),
+        ],
+    )
+    parser.table(
+        "where it runs, what is written",
+        [
+            ("--accumulation", WHOLE, 0, "passes of a process a step (0: as few as fit)"),
+            ("--reshard", AUTO, "auto", "free each layer's gathered weights after use"),
+            ("--checkpointing", AUTO, "auto", "recompute activations in the backward pass"),
+            ("--cpu_offload", PLACES, "auto", "to host memory: AdamW's moments, or all"),
+            ("--replicas", COUNT, 1, "copies of the shards: one a node, say"),
+            ("--plan", bool, False, "print the memory, time and disk that the run takes, and stop"),
+            ("--world_size", WHOLE, 0, "--plan: number of GPUs (0: as found)"),
+            ("--gpu", str, "", "--plan: the card's name, or its GiB (as found)"),
+            ("--out", str, "results/omni-avqa", "the run's folder; checkpoints in it must be your own"),
+            ("--save_minutes", POSITIVE, 20, "minutes between checkpoints; the first after 5"),
+            ("--save_every", WHOLE, 0, "steps between checkpoints instead (0: by minutes)"),
+            ("--keep", COUNT, 2, "checkpoints kept (12 bytes a parameter each)"),
+            ("--save_model_every", WHOLE, 0, "steps between model folders (0: the last alone)"),
+            ("--explain", bool, False, "print one question's step with all its numbers, and stop"),
+        ],
+    )
     return parser.parse_args(argv)
 
 
@@ -248,8 +237,8 @@ class Run:
 
     def batches(self) -> Iterator[tuple[Asked, ...]]:
         """This process's questions of each step left, decoded ahead by a thread; replaced clips are named."""
-        each = self.config.batch // self.world
-        numbers = range(self.step * each, len(self.questions))
+        each = self.questions.each
+        numbers = range(self.step * each, self.config.steps * each)
         stream = ahead(self.questions.__getitem__, numbers, 4 * each)
         for batch in zip(*[stream] * each, strict=True):
             for one in batch:
@@ -338,9 +327,9 @@ class Run:
             for question in questions:
                 try:
                     prompts.append(self.policy.encode(question, self.hears))
-                except InputError as error:  # heard as silence
-                    log.warning("held out: %s", error)
-                    prompts.append(self.policy.encode(question, waveform=np.zeros(16_000)))
+                except InputError as error:
+                    log.warning("held out, asked without its clip: %s", error)
+                    prompts.append(self.policy.encode(question, use_audio=False))
             answers = self.policy.generate(prompts, self.config.max_new_tokens)
             for question, (answer,) in zip(questions, answers, strict=True):
                 said = final_answer(self.policy.decode(answer), self.config.prompt)
@@ -492,7 +481,8 @@ def train(config: Namespace) -> int:
         held = fsdp.hold(out)  # noqa: F841 (until the process ends)
     loaded = load_questions(config, partial(fsdp.share_out, check_clips))
     now = settings(config, loaded)
-    if not config.explain and is_finished(out, now):
+    written = [out / name for name in ("config.json", "log.jsonl", "model", "adapter")]
+    if not config.explain and made_before(out / "config.json", written, now) and written[2].exists():
         log.info("%s/model exists, so this run is finished; take another --out for a new one", out)
         return 0
     run = Run(config, loaded, device)
@@ -510,18 +500,6 @@ def train(config: Namespace) -> int:
         write_text(out / "config.json", json.dumps(about, indent=1))
     with logging_redirect_tqdm(), closing(fsdp.Stop()) as stop:
         return learn(run, stop)
-
-
-def is_finished(out: Path, now: dict) -> bool:
-    """Whether --out holds a finished run. InputError if it holds anything of other settings."""
-    written = ("config.json", "log.jsonl", "model", "adapter")
-    if not any((out / name).exists() for name in written):
-        return False
-    try:
-        refuse_changes(out, then=parse_json(read_text(out / "config.json")), now=now)
-    except (ValueError, AttributeError):
-        raise InputError(f"{out} holds no run of this program's; take another --out") from None
-    return (out / "model").exists()
 
 
 def learn(run: Run, stop: fsdp.Stop) -> int:

@@ -209,19 +209,14 @@ class Weights:
 
     def stored_name(self, name: str, family: Family) -> str:
         """transformers' parameter name -> the name in these files."""
-        return self.prefix + hub_name(name, family)
+        for ours, theirs in family.names:
+            if name.startswith(ours):
+                return self.prefix + theirs + name.removeprefix(ours)
+        return self.prefix + name
 
     def part(self, stored: str) -> str:
         """The part of a model that a weight is of: model, audio_tower, talker, ..."""
         return stored.removeprefix(self.prefix).split(".")[0]
-
-
-def hub_name(name: str, family: Family) -> str:
-    """transformers' parameter name -> the name in the hub's files (without Qwen2.5-Omni's "thinker.")."""
-    for ours, theirs in family.names:
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
 
 
 def pieces(name: str, weight: Tensor) -> dict[str, Tensor]:

@@ -428,7 +428,7 @@ def test_who_is_asked_what_does_not_depend_on_the_number_of_processes():
         found = {}
         for rank in range(world):
             questions = Questions(files, lambda question, heard: heard, config, rank=rank, world=world)
-            for one in map(questions.__getitem__, range(len(questions))):
+            for one in map(questions.__getitem__, range(config.steps * questions.each)):
                 assert one.prompt is True
                 found[one.step, one.k] = one.question.id
         return found
