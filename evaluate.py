@@ -365,7 +365,7 @@ def evaluate(several: list[Namespace]) -> None:
     """Answer the questions of each evaluation that are not answered yet."""
     rank, world, device = fsdp.start_processes(24 * 60)  # minutes that the fastest may wait for the slowest
     for args in several:
-        args.dtype = str(fsdp.compute_dtype(args.dtype, device)).removeprefix("torch.")
+        args.dtype = fsdp.compute_dtype(args.dtype, device)
     jobs = []
     locks = []
     with in_agreement():

@@ -5,9 +5,7 @@ master shards that AdamW steps on (a bf16 weight of ordinary size cannot take a 
 compute. All processes call the same groups in the same order, or their collectives would pair up wrongly.
 """
 
-import contextlib
 import ctypes
-import functools
 import json
 import logging
 import os
@@ -17,14 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from files import InputError, LocalError, first_line, one_writer, parse_json, read_text, write_text
 
 if "RANK" in os.environ:  # torchrun's: Linux kills this process when torchrun dies, which leaves no writer
-    with contextlib.suppress(OSError, AttributeError):  # elsewhere the lock on --out alone must do
+    with suppress(OSError, AttributeError):  # elsewhere the lock on --out alone must do
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 # What torch, its allocators and cuBLAS read when they are loaded.
@@ -83,7 +83,7 @@ def check_driver(root: Path = Path("/")) -> None:
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not (root / "dev/nvidia0").exists():
         return
     driver = "not known"
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         driver = (root / "proc/driver/nvidia/version").read_text().partition("\n")[0]
     raise InputError(
         f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the GPU here; driver: {driver}. "
@@ -180,7 +180,7 @@ def clock() -> float:
     return time.perf_counter()
 
 
-@contextlib.contextmanager
+@contextmanager
 def timed(totals: dict[str, float], name: str) -> Iterator[None]:
     """Adds the seconds that what stands within takes."""
     started = clock()
@@ -215,13 +215,13 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 DTYPES = ["auto", "bfloat16", "float32"]  # --dtype
 
 
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+def compute_dtype(name: str, device: torch.device) -> str:
     """--dtype's meaning: bfloat16 where the GPU computes in it; emulated, or on a CPU, it is slower."""
     if name != "auto":
-        return getattr(torch, name)
+        return name
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
+        return "bfloat16"
+    return "float32"
 
 
 # -------------------------------------------------------------------------------------------------- sharding
@@ -270,10 +270,10 @@ def shard(
     lm.set_reshard_after_backward(reshard)
     lm.lockstep = reshard and not gathered_rollout
     if reshard and gathered_rollout:
-        lm.gathered = functools.partial(gathered, lm)
+        lm.gathered = partial(gathered, lm)
 
 
-@contextlib.contextmanager
+@contextmanager
 def gathered(lm: nn.Module) -> Iterator[None]:
     """Within, the weights are gathered once and stay; afterwards they are shards again."""
     lm.set_reshard_after_forward(False)
@@ -293,9 +293,7 @@ def release(lm: nn.Module) -> None:
 def checkpoint_activations(lm: nn.Module) -> None:
     """Keep only each layer's input for the backward pass and compute the rest again (before `shard`)."""
     for layer in layers(lm.model):
-        layer.forward = functools.partial(
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def make_optimizer(parameters: list[nn.Parameter], lr: float, host: bool = False) -> torch.optim.AdamW:
@@ -442,7 +440,7 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
 def newest_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint whose files have the sizes that were written; the damaged ones are named."""
     for folder in reversed(checkpoints(out)):
-        with contextlib.suppress(InputError, ValueError, KeyError, TypeError):
+        with suppress(InputError, ValueError, KeyError, TypeError):
             written = parse_json(read_text(folder / "run.json"))["files"]
             if written.items() <= sizes(folder).items():
                 return folder

@@ -143,14 +143,14 @@ def group_rewards(
     reward: Callable,
 ) -> Tensor:
     """Eq. 2 for B groups of G texts -> (B, G). What `--prompt` asks to be tagged is taken from its tag."""
-    rewards = torch.zeros(len(asked), config.group_size)
-    for b, one in enumerate(asked):
+    rewards = []
+    for one, group in zip(asked, texts, strict=True):
         question = one.question
-        for g, text in enumerate(texts[b]):
+        for text in group:
             said = final_answer(text, config.prompt)
             value = reward(said, question.answer, list(question.choices))
-            rewards[b, g] = value + config.format_weight * format_reward(text, config.prompt)
-    return rewards
+            rewards.append(value + config.format_weight * format_reward(text, config.prompt))
+    return torch.tensor(rewards).view(len(asked), -1)  # beyond fp32 it is infinite, and the loss says so
 
 
 def score(

@@ -308,11 +308,7 @@ class AudioLM(nn.Module):
     def decode(self, tokens: Tensor) -> str:
         return self.prompts.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def forward(
-        self,
-        tokens: Tokens,
-        cache: DynamicCache | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tokens, cache: DynamicCache | None = None) -> Tensor:
         """Logits (K, vocabulary) in fp32 where `tokens` wants them. The one entry for all computing."""
         device = self.device
         network = self.model.model.language_model
@@ -395,11 +391,7 @@ class AudioLM(nn.Module):
             dist.all_reduce(finished, dist.ReduceOp.MIN)
         return bool(finished)
 
-    def score(
-        self,
-        prompts: list[Prompt],
-        groups: list[list[Tensor]],
-    ) -> Scores:
+    def score(self, prompts: list[Prompt], groups: list[list[Tensor]]) -> Scores:
         """log pi(o_t | q, o_<t) of Eq. 3 for B groups of G responses, in one pass over B rows."""
         packed = pack(prompts, groups, self.prompts.audio_token_id, self.device)
         logits = self(packed)  # (tokens of all responses, vocabulary)
@@ -418,11 +410,7 @@ class AudioLM(nn.Module):
             entropy=empty.masked_scatter(mask, entropies).sum(-1) / mask.sum(-1),
         )
 
-    def save(
-        self,
-        out: Path | str,
-        settings: dict[str, Any] | None = None,
-    ) -> None:
+    def save(self, out: Path | str, settings: dict[str, Any] | None = None) -> None:
         """A folder in the base's layout, with a card of the settings. Collective. `weights.save_model`."""
         save_model(self, Path(out), settings)
 
@@ -581,10 +569,7 @@ def hear_whisper(
 # ------------------------------------------------------------------------------------------------- loading
 
 
-def end_tokens(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Tensor:
+def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Ids that end a response: <|im_end|> and what the checkpoint's generation config names."""
     named = read_small_file(folder, "generation_config.json").get("eos_token_id", [])
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -310,7 +310,7 @@ def find_gpu(asked: str, device: torch.device) -> Card:
 
 def find_card(name: str) -> Card:
     """What "NVIDIA GeForce RTX 4090", "4090" or so many GiB mean. Only whole words: an L40 is no L4."""
-    for line in CARDS.split("\n")[1:-1]:
+    for line in CARDS.strip().splitlines():
         pattern, gib, peak, link = line.split()
         found = re.search(rf"\b({pattern})\b", name, re.IGNORECASE)
         if found:

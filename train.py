@@ -162,7 +162,7 @@ class Run:
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self.device = device
-        self.dtype = fsdp.compute_dtype(config.dtype, device)
+        self.dtype = getattr(torch, fsdp.compute_dtype(config.dtype, device))
         self.reward = find_reward(config.reward)
         self.held_out = loaded.held_out
         self.hears = not config.no_audio and loaded.longest_clip > 0
@@ -452,9 +452,10 @@ class Journal:
                 log.warning(self.told[name])
         if row["step"] % math.ceil(self.config.steps / 10) == 0:
             last = self.rows[-WINDOW:]
-            shown = []
-            for name in SHOWN:
-                shown.append(f"{name} {row[name]:.2f} (mean {mean(last, name):.2f})")
+            shown = [f"{name} {row[name]:.2f} (mean {mean(last, name):.2f})" for name in SHOWN]
+            pace = sum(mean(last, name) for name in row if name.startswith("seconds"))
+            hours = pace * (self.config.steps - row["step"]) / 3600
+            shown.append(f"{pace:.2g} s a step, {hours:.1f} hours left")
             log.info("step %d: %s", row["step"], ", ".join(shown))
 
     def summary(self) -> None:
@@ -474,8 +475,7 @@ def train(config: Namespace) -> int:
     if config.explain:
         config.batch = 1  # which several processes cannot share
     set_batch(config, world)
-    dtype = fsdp.compute_dtype(config.dtype, device)
-    config.dtype = str(dtype).removeprefix("torch.")
+    config.dtype = fsdp.compute_dtype(config.dtype, device)
     out = Path(config.out)
     if not config.explain:
         held = fsdp.hold(out)  # noqa: F841 (until the process ends)

@@ -6,12 +6,12 @@ parts that are never loaded (vision, talker, token2wav, the voices). What the we
 who holds which rows of them in fsdp.py.
 """
 
-import contextlib
 import functools
 import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -106,7 +106,7 @@ FAMILIES = {
 # --------------------------------------------------------------------------------- a checkpoint's small files
 
 
-@contextlib.contextmanager
+@contextmanager
 def door(path: Path | str, fault: str = "cannot be read: fetch the checkpoint again") -> Iterator[None]:
     """The one net around all reading of a checkpoint: whatever is raised within is a line about `path`."""
     try:
@@ -136,7 +136,7 @@ def files_in(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-@contextlib.contextmanager
+@contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write to, renamed to `out` when all is in it. What fails within leaves `out` as it was."""
     scratch = out.with_name(out.name + ".writing")
