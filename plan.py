@@ -199,7 +199,8 @@ def passing_bytes(plan: Plan) -> dict[str, float]:
         whole + 2 * size * largest
     )  # that is gathered beside the layer before it, or in fp32 from the host
     if layout.reshard:
-        whole = size * largest * (plan.gpus > 1)  # the last buffer
+        # the last buffer; of layers the next one's as well
+        whole = size * max(largest, 2 * plan.layer) * (plan.gpus > 1)
         if not layout.gathered_rollout:
             drawing = 3 * size * largest
     gradients = 4 * plan.whole / plan.gpus

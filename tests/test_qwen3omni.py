@@ -230,6 +230,7 @@ def test_the_30b_fits_one_card_with_lora_and_eight_whole(tmp_path):
     [
         (1, "--lora 64 --accumulation 8"),
         (1, "--lora 64 --checkpointing on --accumulation 4"),
+        (8, "--reshard on"),
     ],
 )
 def test_a_step_takes_what_the_plan_says_an_eighth_of_the_30b(gpus, options, tmp_path):
