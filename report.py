@@ -524,12 +524,14 @@ def draw(results: list[Result], runs: dict[str, dict], folder: Path) -> tuple[li
 
 
 def notes(runs: dict[str, dict]) -> list[str]:
-    """A line for each run whose model is not of the paper's size: beside the paper's numbers ours mislead."""
+    """A line for each base that is not of the paper's size: beside the paper's numbers its own mislead."""
+    sizes = {run["model"]: run["parameters"] for run in runs.values()}
     found = []
-    for name, about in runs.items():
-        if about["parameters"] < PAPERS_SIZE:
-            size = f"{about['model']}, of {about['parameters']:,} parameters"
-            found.append(f"{name} is {size}: not the paper's 7B model")
+    for model, size in sizes.items():
+        if size < PAPERS_SIZE:
+            found.append(
+                f"{model}, of {size:,} parameters, and what was trained from it is no 7B model of the paper's"
+            )
     return found
 
 

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from files import InputError, LocalError
 
 # The form of a reply that each of data.PROMPTS asks for; r1-aqa's format reward checks the first.
-ANSWER = "<answer></answer>"
 THINK = "<think></think><answer></answer>"
 FORMS = {
-    "answer": ANSWER,
+    "answer": "<answer></answer>",
     "think": THINK,
     "brief": THINK,
 }
