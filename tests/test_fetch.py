@@ -28,6 +28,7 @@ from files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 FORK = multiprocessing.get_context("fork")  # a process that has imported everything already
+fetch.tqdm.set_lock(threading.RLock())  # its own is shared with a fork, and would stay held by a killed one
 SIZES = {"train": 24, "arc": 12, "mmau": 16, "mmar": 12}
 
 
