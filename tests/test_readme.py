@@ -33,17 +33,12 @@ def commands():
     return found
 
 
-def test_enough_commands_are_looked_at():
-    programs = {program for program, _ in commands()}
-    assert {"train.py", "evaluate.py", "report.py", "gen_qa.py", "fetch.py"} <= programs
-
-
-@pytest.mark.parametrize(("program", "arguments"), commands())
-def test_every_option_that_a_command_gives_exists(program, arguments):
-    source = (ROOT / program).read_text()
-    known = re.findall(r"\w\(\s*\"--(\w+)\"", source)
-    given = re.findall(r"(?<!\S)--(\w+)", arguments)
-    assert set(given) <= {*known, "help", "and"}, f"{program}: {set(given) - set(known)}"
+def test_every_option_that_a_command_gives_exists():
+    assert len(commands()) >= 18
+    for program, arguments in commands():
+        known = re.findall(r"\w\(\s*\"--(\w+)\"", (ROOT / program).read_text())
+        given = re.findall(r"(?<!\S)--(\w+)", arguments)
+        assert set(given) <= {*known, "help", "and"}, f"{program}: {set(given) - set(known)}"
 
 
 def test_it_is_short_and_every_file_that_it_lists_is_there():
@@ -69,17 +64,28 @@ SMALL = {  # options given after a command's own: the tiny model, and little of 
 }
 
 
+LINKS = """
+world .
+BASE model
+clips audio
+CLIPS audio
+a audio
+b audio
+a.json train_qa.json
+mine.json mmau.json
+arc.jsonl arc.jsonl
+train_qa.json train_qa.json
+captions.csv captions.csv
+data/avqa/audio audio
+data/avqa/train_qa.json train_qa.json
+"""
+
+
 @pytest.fixture
 def place(world, tmp_path, monkeypatch):
     """A folder that holds what the README's commands name."""
-    links = {
-        "world": ".", "BASE": "model", "clips": "audio", "CLIPS": "audio", "a": "audio", "b": "audio",
-        "a.json": "train_qa.json", "mine.json": "mmau.json", "arc.jsonl": "arc.jsonl",
-        "train_qa.json": "train_qa.json", "captions.csv": "captions.csv", "data/avqa/audio": "audio",
-        "data/avqa/train_qa.json": "train_qa.json",
-    }  # fmt: skip
-    for name, target in links.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "data/avqa").mkdir(parents=True)
+    for name, target in map(str.split, LINKS.strip().splitlines()):
         (tmp_path / name).symlink_to(world / target)
     rows = [json.loads(line) for line in (world / "mmar.jsonl").read_text().splitlines()]
     write_text(tmp_path / "BENCH.json", json.dumps(rows[:40]))

@@ -14,13 +14,15 @@ import pytest
 import report as report_module
 from conftest import DATA
 from data import read_questions
+from files import append_rows
 from report import PAPER, bootstrap, compare, report, score_questions, summary_lines, wilson
 
 HERE = Path(__file__).resolve().parent
 HOSTILE = "What </script><script>alert(1)</script><img src=x onerror=alert(1)> \u2028 & is it?"
-CONFIG = {"model": "base-7B", "parameters": 8_900_000_000, "layout": "reshard", "steps": 100}
-CONFIG["format_weight"] = 0.0
-STEP = {"official": 0.5, "hedged": 0.0, "kl": 0.1, "entropy": 1.0, "frac_reward_zero_std": 0.5}
+CONFIG = """{"model": "base-7B", "parameters": 8900000000, "layout": "reshard", "steps": 100, "format_weight": 0.0}"""
+STEP = json.loads('{"official": 0.5, "hedged": 0.0, "kl": 0.1, "entropy": 1.0, "frac_reward_zero_std": 0.5}')
+ROW = '{"choices": ["dog", "cat", "cow"], "answer": "dog", "difficulty": "easy", "category": ["Reasoning"]}'
+ABOUT = '{"bench": "mmau-mini", "audio": "real", "model": "base-7B", "unanswered": {}}'
 
 
 def mmau_rows(count=40, right=lambda i: i % 4 != 0):
@@ -29,9 +31,9 @@ def mmau_rows(count=40, right=lambda i: i % 4 != 0):
     for i in range(count):
         task = ("sound", "music", "speech")[i % 3]
         row = {"id": f"q{i}", "audio_id": f"./clips/clip {i}#.wav", "question": f"What is it, {i}?"}
-        row |= {"choices": ["dog", "cat", "cow"], "answer": "dog", "task": task, "difficulty": "easy"}
         said = "dog" if right(i) else "dog and cat"
-        rows.append(row | {"category": ["Reasoning"], "model_prediction": said, "model_output": said})
+        row |= {"task": task, "model_prediction": said, "model_output": said}
+        rows.append(row | json.loads(ROW))
     return rows
 
 
@@ -39,17 +41,16 @@ def write_run(folder, rows, name="eval/mmau-mini.real", **about):
     path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows))
-    notes = {"bench": "mmau-mini", "audio": "real", "model": "base-7B", "unanswered": {}}
-    notes |= {"audio_dir": str(folder.parent / "clips")}
+    notes = json.loads(ABOUT) | {"audio_dir": str(folder.parent / "clips")}
     path.with_suffix(".meta").write_text(json.dumps(notes | about))
     return path
 
 
 def write_log(folder, rows, samples=()):
     folder.mkdir(parents=True, exist_ok=True)
-    for name, lines in (("log", rows), ("samples", samples)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    append_rows(folder / "log.jsonl", rows)
+    append_rows(folder / "samples.jsonl", samples)
+    (folder / "config.json").write_text(CONFIG)
 
 
 def page_data(folder):
@@ -131,7 +132,7 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
-ABOUT = """{"real": {}, "silent": {"audio": "silence"}, "mmar": {"audio": "none", "bench": "mmar"},
+FILES = """{"real": {}, "silent": {"audio": "silence"}, "mmar": {"audio": "none", "bench": "mmar"},
             "other": {"audio": "none", "model": "other"}, "lacking": {"audio": "none", "unanswered": {"q1": "no clip"}}}"""
 REFUSED = """
 --need real.json mmar.json | asked alike
@@ -153,7 +154,7 @@ nothing | no predictions
 def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, run, capsys):
     (tmp_path / "nothing").mkdir()
     rows = mmau_rows()
-    for name, about in json.loads(ABOUT).items():
+    for name, about in json.loads(FILES).items():
         write_run(tmp_path, rows, name, **about)
     write_run(tmp_path, rows[1:], "few", audio="none")
     write_run(tmp_path, [row | {"answer": ""} for row in rows], "hidden", audio="none")
@@ -297,11 +298,11 @@ def test_clips_are_found_from_the_page_and_it_stays_small(tmp_path):
 # ------------------------------------------------------------------------------------------------- the page
 
 
-def drawn(page, *actions):
-    """{id: tree} of what the page's script draws, under node with a stand-in document."""
+def drawn(page, actions="[]"):
+    """{id: tree} of what the page's script draws, under node with a stand-in document, after actions as JSON."""
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
-    command = ["node", str(HERE / "scripts" / "page.js"), str(page), json.dumps(actions)]
+    command = ["node", str(HERE / "scripts" / "page.js"), str(page), actions]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -363,6 +364,12 @@ def test_the_first_screen_says_whether_each_run_worked(tmp_path):
         assert re.search(said, cards[run])
 
 
+SAMPLE = """{"id": "a", "choices": ["<b>", "cat"], "answer": "<b>", "audio": "x.wav", "responses": ["<i>", "cat"],
+             "rewards": [1.0, 0.0], "advantages": [0.7, -0.7]}"""
+ACTIONS = """[["sample-slider", "value", "3", "oninput"], ["words", "value", "it, 1", "oninput"],
+              ["group", "value", "task: sound", "onchange"], ["show", "value", "wrong, right", "onchange"]]"""
+
+
 def test_the_page_draws_tables_curves_samples_and_questions_and_nothing_in_them_is_html(tmp_path):
     rows = mmau_rows(250)
     rows[0] |= {"question": HOSTILE, "choices": [HOSTILE, "cat"], "answer": HOSTILE}
@@ -370,11 +377,9 @@ def test_the_page_draws_tables_curves_samples_and_questions_and_nothing_in_them_
     after = rows[:1] + mmau_rows(250, right=lambda i: i % 2 == 0)[1:]
     write_run(tmp_path / "<script>", after, model="<script>/model")
     steps = [STEP | {"step": i, "reward": 0.5} for i in range(1, 200)]
-    steps.append({"step": 100, "eval_accuracy": 0.6, "eval_low": 0.5, "eval_high": 0.7})
-    sample = {"id": "a", "question": HOSTILE, "choices": ["<b>", "cat"], "answer": "<b>", "audio": "x.wav"}
-    sample |= {"responses": ["<i>", "cat"], "rewards": [1.0, 0.0], "advantages": [0.7, -0.7]}
-    samples = [sample | {"step": i} for i in range(1, 6)]
-    samples[0] = samples[0] | {"rewards": [0.0, 0.0]}  # teaches nothing
+    steps.append(json.loads('{"step": 100, "eval_accuracy": 0.6, "eval_low": 0.5, "eval_high": 0.7}'))
+    samples = [json.loads(SAMPLE) | {"question": HOSTILE, "step": i} for i in range(1, 6)]
+    samples[0]["rewards"] = [0.0, 0.0]  # teaches nothing
     write_log(tmp_path / "<script>", steps, samples)
     report(tmp_path)
     path = tmp_path / "report.html"
@@ -393,14 +398,8 @@ def test_the_page_draws_tables_curves_samples_and_questions_and_nothing_in_them_
     assert elements(page["sample"], "audio")[0][1]["src"].endswith("x.wav")
     assert words(page["count"]) == "187 of 250, 100 shown"  # they differ, but where i % 4 == 2
 
-    page = drawn(
-        path,
-        ("sample-slider", "value", "3", "oninput"),
-        ("words", "value", "it, 1", "oninput"),
-        ("group", "value", "task: sound", "onchange"),
-        ("show", "value", "wrong, right", "onchange"),
-    )
+    page = drawn(path, ACTIONS)
     assert words(page["sample-step"]) == "step 4, question a"
     assert words(page["count"]) == "9 of 250, 9 shown"  # 12, 108, 120, ..., 192
-    page = drawn(path, ("show", "value", "", "onchange"), ("more", "id", "", "onclick"))
+    page = drawn(path, '[["show", "value", "", "onchange"], ["more", "id", "", "onclick"]]')
     assert words(page["count"]) == "250 of 250, 200 shown" and HOSTILE in words(page["list"])
