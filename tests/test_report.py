@@ -172,8 +172,9 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, run, capsys):
 
 
 @pytest.fixture
-def answered(tmp_path):
+def answered(tmp_path, monkeypatch):
     """Twelve questions, a sound's, a music's and a speech's in turn, answered with the clip and without."""
+    monkeypatch.setattr(report_module, "RESAMPLED", 200)
     for audio, marks in (("real", "111 110 110 100"), ("silence", "010 011 010 010")):
         rows = mmau_rows(12, right=list(map(int, marks.replace(" ", ""))).__getitem__)
         write_run(tmp_path, rows, audio, audio=audio)

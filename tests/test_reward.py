@@ -64,10 +64,6 @@ def fold(text):
     return " ".join(text.casefold().split())
 
 
-def squeezed(response, choices):
-    return list(map(fold, named_choices(response, choices)))
-
-
 def without_stop(text):
     return re.sub(r"[.!?]+$", "", text)
 
@@ -100,19 +96,19 @@ def test_both_rules_are_those_of_a_careful_reader(file):
         for said in (*predictions(q, rng), *listings(q, rng)):
             assert string_match(q.answer, said, choices) == official(q.answer, said, choices), (q.id, said)
             named = read_carefully(said, choices)
-            assert set(squeezed(said, choices)) == named, (q.id, said)
+            assert sorted(map(fold, named_choices(said, choices))) == sorted(named), (q.id, said)
             (answer,) = read_carefully(q.answer, [q.answer])
             assert accuracy_reward(said, q.answer, choices) == float(named == {answer})
             assert contains_reward(said, q.answer, choices) == float(answer in named)
 
 
 def punctuated(answer):
-    """The answer with other marks: dashes, quotes, without them."""
-    forms = {answer.replace("-", " "), answer.replace(" ", "-"), answer.replace("-", "\u2013")}
-    for mark in ",.:;/()'":
-        forms.add(answer.replace(mark, ""))
-        forms.add(answer.replace(mark, " "))
-    return forms | {answer.replace("'", "\u2019"), f"\u201c{answer}\u201d", re.sub(r"[^\w\s]", " ", answer)}
+    """The answer with other marks, quoted, without them."""
+    forms = [f"\u201c{answer}\u201d", answer.replace(" ", "-"), re.sub(r"[^\w\s]", " ", answer)]
+    for mark in "-,.:;/()'":
+        for other in ("", " ", "\u2013", "\u2019"):
+            forms.append(answer.replace(mark, other))
+    return forms
 
 
 @on_real_questions
@@ -127,16 +123,17 @@ def test_a_right_answer_is_paid_and_a_list_is_not_on_every_real_question(file):
     for q in read_questions(DATA / file):
         choices = list(q.choices)
         wrong = [choice for choice in choices if fold(choice) != fold(q.answer)]
-        forms = [(q.answer, 1.0), (f"The answer is {q.answer}.", 1.0), (without_stop(q.answer.upper()), 1.0)]
+        right = [q.answer, f"The answer is {q.answer}.", without_stop(q.answer.upper())]
+        false = []
         for choice in wrong:
             bare = without_stop(choice)
-            forms += [(choice, 0.0), (f"The answer is {bare}", 0.0)]
+            false += [choice, f"The answer is {bare}"]
             if bare.strip():  # one of MMAR's is empty
-                forms.append((f"{bare}, {q.answer}", 0.0))
+                false.append(f"{bare}, {q.answer}")
         if not all(fold(choice) in fold(q.answer) for choice in wrong):
-            forms += [(form, 0.0) for form in listings(q, rng)]
-        for form, paid in forms:
-            assert accuracy_reward(form, q.answer, choices) == paid, (q.id, form)
+            false += listings(q, rng)
+        for form in right + false:
+            assert accuracy_reward(form, q.answer, choices) == (form in right), (q.id, form)
         right = [form for form in punctuated(q.answer) if string_match(q.answer, form, choices)]
         unpaid += not all(accuracy_reward(form, q.answer, choices) for form in right)
     assert unpaid <= 20
@@ -179,9 +176,6 @@ def test_rewards_written_out():
         for order in (choices.split("; "), choices.split("; ")[::-1]):
             assert accuracy_reward(response, answer, order) == int(paid[0]), case
             assert contains_reward(response, answer, order) == int(paid[2]), case
-    choices = ["Man", "man ", "Woman", "Man and dog"]
-    assert squeezed("A man and dog; a WOMAN, a woman", choices) == ["man and dog", "woman"]
-    assert squeezed("a dog", choices) == [] == squeezed("", choices)
 
 
 # prompt | reply | the answer in it | whether it has the asked form
