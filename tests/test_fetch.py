@@ -318,8 +318,7 @@ def test_a_stage_asks_again_what_is_unanswered_and_paths_may_have_blanks(tmp_pat
         (evaluated / f"mmar.{audio}.json").write_text("[]")
         (evaluated / f"mmar.{audio}.meta").write_text(f'"unanswered": {unanswered}')
     places = {"RESULTS": os.path.relpath(tmp_path / "my results", "/tmp"), "DATA": tmp_path / "my data"}
-    places |= {"BENCHES": "mmar", "AUDIO": "real none"}
-    said = stage('launch() { printf "%s\\n" "$@"; }; evaluate MODEL', **places).stdout
+    said = stage('launch() { printf "%s\\n" "$@"; }; BENCHES=mmar; evaluate MODEL', **places).stdout
     assert f"\n{questions}\n" in said
     assert "my results/omni-avqa/eval/mmar.real.json\n" in said and "mmar.none.json" not in said
 

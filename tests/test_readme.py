@@ -4,12 +4,10 @@ import importlib
 import json
 import re
 import shlex
-import signal
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from test_train import here
 
 from chat_server import serving
 from data import PLAIN
@@ -97,9 +95,8 @@ def place(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_command_runs(place, monkeypatch, capsys):
+def test_every_command_runs(place, capsys):
     """In the README's order, where a CPU and no network are enough: later ones read what earlier ones wrote."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     ran = 0
     with serving() as server:
         for program, line in commands():
@@ -111,15 +108,8 @@ def test_every_command_runs(place, monkeypatch, capsys):
             options = [*small, *shlex.split(line), *small]  # before an --and, too
             if program == "train.py" and "--model" not in options:
                 options += ["--model", "BASE"]
-            monkeypatch.setattr(sys, "argv", [program, *options])
-            try:
-                code = importlib.import_module(program.removesuffix(".py")).main()
-            except SystemExit as end:
-                code = end.code
+            code = here(importlib.import_module(program.removesuffix(".py")).main, *options)
             assert not code, f"{program} {line}: {capsys.readouterr().err[-2000:]}"
             ran += 1
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
     assert ran >= 18
     assert (place / "results/report.html").exists()
