@@ -252,7 +252,8 @@ def test_a_disturbed_and_killed_run_gives_the_rows_of_an_undisturbed_one(tmp_pat
     assert KEY not in files and "SECRET" not in files
     # Tokens stand in the rows: what the calm run paid, and the sum that the rough one says after its kills.
     assert sum(row["tokens"][1] for row in finished(calm)) == 50 * paid
-    assert f"{sum(row['tokens'][1] for row in answered):,} out" in said
+    asked, got = (sum(row["tokens"][i] for row in answered) for i in range(2))
+    assert f"{asked:,} tokens in, {got:,} out" in said
     shortest = tmp_path / "rough.shortest.jsonl"
     assert list(map(length, rows_of(shortest))) == sorted(map(length, rows_of(rough)))[:7]
 
@@ -320,17 +321,23 @@ def test_dry_run_and_sample_write_nothing_and_no_foreign_file_is_touched(tmp_pat
 
 
 def test_one_writer_and_a_full_disk(tmp_path, monkeypatch, run):
-    captions = write_captions(tmp_path / "c.csv", 30)
+    out = tmp_path / "q.jsonl"
     monkeypatch.setattr(files.one_writer, "__defaults__", (0.1,))  # seconds of patience
-    with files.one_writer(tmp_path / "q.jsonl.lock"):
-        code, _, said = run(captions)
-    assert code == 2 and "held by process" in said
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with serving() as server:
+    with serving(latency=0.1) as server:
+        options = [write_captions(tmp_path / "c.csv", 30), "--url", server.url, "--workers", 1]
+        first = FORK.Process(target=run, args=options)
+        first.start()
+        while not rows_of(out):
+            time.sleep(0.01)
+        code, _, said = run(*options)
+        first.kill()
+        first.join()
+        assert code == 2 and f"held by process {first.pid}" in said
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
-        code, _, said = run(captions, "--url", server.url, "--workers", 1)
+        code, _, said = run(*options)
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert code == 2 and said.endswith("File too large\n") and 3 < len(rows_of(tmp_path / "q.jsonl")) < 15
+    assert code == 2 and said.endswith("File too large\n") and 3 < len(rows_of(out)) < 15
 
 
 @pytest.mark.slow
