@@ -17,7 +17,7 @@ import pytest
 import chat
 import files
 import gen_qa
-from chat_server import serving
+from chat_server import reply_of, serving
 from conftest import DATA
 from data import read_questions
 from files import append_rows, rows_of
@@ -264,7 +264,7 @@ def test_a_hostile_reply_and_a_refusal_are_each_one_row_rejected(tmp_path, monke
     def hostile(client, response):
         asked = response.request.body
         if b"number 2." in asked:
-            response._content = b"x" * 10_000_000
+            response._content = json.dumps(reply_of("{" + "[" * 900_000)).encode()
         elif b"number 4." in asked:
             response.status_code = 400
         return read_reply(client, response)
@@ -274,7 +274,7 @@ def test_a_hostile_reply_and_a_refusal_are_each_one_row_rejected(tmp_path, monke
         assert run(write_captions(tmp_path / "c.csv", 20), "--url", server.url)[0] == 0
     rejected = {row["id"]: row["reason"] for row in rows_of(tmp_path / "q.rejected.jsonl")}
     assert rejected.keys() == {clip_name(i) for i in (2, 4)}
-    assert "failed 13 times" in rejected[clip_name(2)] and "HTTP 400" in rejected[clip_name(4)]
+    assert "no question" in rejected[clip_name(2)] and "HTTP 400" in rejected[clip_name(4)]
     assert len(rows_of(tmp_path / "q.jsonl")) == 18
     assert (tmp_path / "q.rejected.jsonl").stat().st_size < 10_000
 
