@@ -89,11 +89,11 @@ def test_every_set_becomes_what_was_published(small, server, tmp_path):
     asked = attrgetter("question", "choices", "answer")
     for name, source in fetch.SETS.items():
         data = tmp_path / name
-        for limit, said in {5: '"5 rows, 0 missing', 0: " rows, 0 missing"}.items():
+        for limit in (5, 0):
             if limit and (name == "vggsound" or not source.clips):
                 continue
             get(name, data, limit)  # what a limit leaves out is not missing
-            assert said in (data / name / "complete.json").read_text()
+            assert f"{limit or ''} rows, 0 missing" in (data / name / "complete.json").read_text()
         assert not (data / name / "download").exists()
         if name in ours:
             got = read_questions(data / source.questions, data / source.clips)
@@ -274,7 +274,7 @@ def test_no_name_leads_out_of_the_folder(tmp_path, small):
     assert names == "...wav abs.wav absolute.wav fine.wav good.wav out.wav up.wav"
 
 
-def test_broken_rows_are_named_and_too_many_or_too_few_stop(small, server, tmp_path):
+def test_broken_rows_are_named_and_less_than_nine_tenths_stop(small, server, tmp_path):
     shard = server.root / "datasets/gijs/avqa-processed/train/data-00000-of-00003.arrow"
     sound = hub.find(small[0], "tiny-0000").read_bytes()
     rows = [avqa_row(f"clip{number}_0.wav", sound) for number in range(40)]
@@ -289,12 +289,9 @@ def test_broken_rows_are_named_and_too_many_or_too_few_stop(small, server, tmp_p
     assert "0x" not in missing  # an address in memory
     rows[9]["audio"] = {"bytes": b"no sound", "path": ""}
     hub.write_table(shard, rows)
-    with pytest.raises(InputError, match="avqa: 36 rows, 4 missing or broken"):
+    with pytest.raises(InputError, match="avqa: 36 rows, 4 missing or broken, where about 40 are published"):
         get("avqa", tmp_path / "many")
     assert not (tmp_path / "many/avqa/complete.json").exists()
-    change("arc", rows="2251")
-    with pytest.raises(InputError, match="arc: 12 rows, .* where about 2251 are published"):
-        get("arc", tmp_path)
 
 
 # --------------------------------------------------------------------------------------------- run.sh
