@@ -39,8 +39,11 @@ def sound(world: Path, name: str, path: str | None) -> dict:
     return {"bytes": find(world, name).read_bytes(), "path": path}
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read_rows(path: Path) -> list[dict]:
+    text = path.read_text()
+    if path.suffix == ".jsonl":
+        text = f"[{','.join(text.splitlines())}]"
+    return json.loads(text)
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
@@ -54,6 +57,13 @@ def write_table(path: Path, rows: list[dict]) -> None:
             stream.write_table(table, 100)
 
 
+def write_shards(form: str, rows: list[dict], count: int) -> None:
+    size = -(-len(rows) // count)
+    for i in range(count):
+        path = Path(form.format(f"{i:05d}-of-{count:05d}"))
+        write_table(path, rows[i * size : (i + 1) * size])
+
+
 def write_archive(path: Path, clips: list[Path]) -> None:
     with tarfile.open(path, "w:gz") as archive:
         for clip in clips:
@@ -64,29 +74,25 @@ def write_archive(path: Path, clips: list[Path]) -> None:
 
 def publish_avqa(world: Path, repo: Path) -> None:
     rows = []
-    for row in json.loads((world / "train_qa.json").read_text()):
+    for row in read_rows(world / "train_qa.json"):
+        name = row["video_name"] + ".wav"
         choices = [f"{'ABCDEFGH'[i]}. {choice}" for i, choice in enumerate(row["multi_choice"])]
         question = {"question": row["question_text"] + "\nChoices:\n" + "\n".join(choices)}
-        question["file_name"] = row["video_name"] + ".wav"
-        question["answer"] = choices[row["answer"]]
-        question["audio"] = sound(world, row["video_name"], question["file_name"])
-        rows.append(question)
-    size = -(-len(rows) // 3)
-    for i in range(3):
-        write_table(repo / f"train/data-{i:05d}-of-00003.arrow", rows[i * size : (i + 1) * size])
-    write_table(repo / "val/data-00000-of-00001.arrow", rows[:2])
+        question |= {"file_name": name, "answer": choices[row["answer"]]}
+        rows.append(question | {"audio": sound(world, row["video_name"], name)})
+    write_shards(f"{repo}/train/data-{{}}.arrow", rows, 3)
+    write_shards(f"{repo}/val/data-{{}}.arrow", rows[:2], 1)
     (repo / "train" / "state.json").write_text("{}")
 
 
 def publish_vggsound(world: Path, repo: Path) -> None:
     rows = []
-    for row in json.loads((world / "train_qa.json").read_text()):
+    for row in read_rows(world / "train_qa.json"):
         name = row["video_name"]
         ending = ("-0.wav", ".wav", "-0.mp4")[row["id"] % 3]
         rows.append({"audio": sound(world, name, name + ending), "caption": "dog, barking"})
-    for i in range(3):
-        write_table(repo / f"data/train-{i:05d}-of-00003.parquet", rows[i::3])
-    write_table(repo / "data/test-00000-of-00001.parquet", rows[:1])
+    write_shards(f"{repo}/data/train-{{}}.parquet", rows, 3)
+    write_shards(f"{repo}/data/test-{{}}.parquet", rows[:1], 1)
 
 
 def publish_captions(world: Path, repo: Path) -> None:
@@ -104,49 +110,45 @@ def publish_captions(world: Path, repo: Path) -> None:
 
 
 def publish_arc(world: Path, repo: Path) -> None:
-    rows = read_lines(world / "arc.jsonl")
+    rows = read_rows(world / "arc.jsonl")
     for row in rows:
         listed = row["question"]["choices"]
         row["choices"] = {name: [choice[name] for choice in listed] for name in ("text", "label")}
         row["question"] = row["question"]["stem"]
-    write_table(repo / "ARC-Easy/train-00000-of-00001.parquet", rows)
-    write_table(repo / "ARC-Easy/test-00000-of-00001.parquet", rows[:1])
+    write_shards(f"{repo}/ARC-Easy/train-{{}}.parquet", rows, 1)
+    write_shards(f"{repo}/ARC-Easy/test-{{}}.parquet", rows[:1], 1)
 
 
 def mmau_row(row: dict, audio: dict | None) -> dict:
     """The current repositories' columns: letters before the choices, the rest as JSON text."""
-    lettered = [f"({'ABCDEFGH'[i]}) {choice}" for i, choice in enumerate(row["choices"])]
+    choices = [f"({'ABCDEFGH'[i]}) {choice}" for i, choice in enumerate(row["choices"])]
     answer = ""
     if row.get("answer"):
-        answer = lettered[row["choices"].index(row["answer"])]
+        answer = choices[row["choices"].index(row["answer"])]
     others = {name: row[name] for name in row if name not in ("question", "choices", "answer", "audio_id")}
-    published = {"context": audio, "instruction": row["question"], "choices": lettered, "answer": answer}
+    published = {"context": audio, "instruction": row["question"], "choices": choices, "answer": answer}
     return published | {"other_attributes": json.dumps(others)}
 
 
 def publish_mmau(world: Path, root: Path) -> None:
     """Original: parquet with everything. v05.15.25: test-mini as one parquet, test with an archive beside."""
-    mini = json.loads((world / "mmau.json").read_text())
-    full = json.loads((world / "mmau-full.json").read_text())
-    for split, rows in {"test_mini": mini, "test": full}.items():
+    full = read_rows(world / "mmau-full.json")
+    for split, rows in {"test_mini": read_rows(world / "mmau.json"), "test": full}.items():
         published = []
         for row in rows:
             texts = row | {"choices": json.dumps(row["choices"]), "answer": row.get("answer", "")}
             published.append(texts | {"audio": sound(world, row["id"], None)})
-        half = len(rows) // 2
-        for i, part in enumerate((published[:half], published[half:])):
-            write_table(root / f"lmms-lab/mmau/data/{split}-{i:05d}-of-00002.parquet", part)
-    current = json.loads((world / "mmau-v05.15.25.json").read_text())
+        write_shards(f"{root}/lmms-lab/mmau/data/{split}-{{}}.parquet", published, 2)
+    current = read_rows(world / "mmau-v05.15.25.json")
     published = [mmau_row(row, sound(world, row["id"], None)) for row in current]
     write_table(root / "gamma-lab-umd/MMAU-test-mini/test_mini.parquet", published)
-    published = [mmau_row(row | {"split": "test"}, None) for row in full]
-    write_table(root / "gamma-lab-umd/MMAU-test/test.parquet", published)
-    clips = [find(world, row["id"]) for row in full]
-    write_archive(root / "gamma-lab-umd/MMAU-test/test-audios.tar.gz", clips)
+    test = root / "gamma-lab-umd/MMAU-test"
+    write_table(test / "test.parquet", [mmau_row(row | {"split": "test"}, None) for row in full])
+    write_archive(test / "test-audios.tar.gz", [find(world, row["id"]) for row in full])
 
 
 def publish_mmar(world: Path, repo: Path) -> None:
-    rows = read_lines(world / "mmar.jsonl")
+    rows = read_rows(world / "mmar.jsonl")
     repo.mkdir(parents=True)
     (repo / "MMAR-meta.json").write_text(json.dumps(rows))
     write_archive(repo / "mmar-audio.tar.gz", [find(world, Path(row["audio_path"]).stem) for row in rows])
@@ -155,7 +157,7 @@ def publish_mmar(world: Path, repo: Path) -> None:
 def publish_audiomcq(world: Path, repo: Path) -> None:
     """One line a question, every clip beside it in folders by their source; some rows have an id."""
     lines = []
-    for row in json.loads((world / "train_qa.json").read_text())[:120]:
+    for row in read_rows(world / "train_qa.json")[:120]:
         clip = find(world, row["video_name"])
         source = ("Clotho/sub", "AudioSet")[row["id"] % 2]
         question = {
@@ -217,14 +219,13 @@ class HubHandler(Handler):
         if not files:
             self.reply(404, {}, {"X-Error-Code": "RepoNotFound"})
             return
+        listed = []
+        for file in files:  # a size may be null at the hub
+            size = (folder / file).stat().st_size if file.endswith(".safetensors") else None
+            listed.append({"type": "file", "path": file, "rfilename": file, "size": size, "oid": "0" * 40})
+        body = {"id": folder.name, "sha": COMMIT, "siblings": listed}
         if tree:
-            body = [{"type": "file", "path": f, "size": None, "oid": "0" * 40} for f in files]
-        else:
-            listed = []
-            for file in files:  # a size may be null or absent at the hub
-                size = (folder / file).stat().st_size if file.endswith(".safetensors") else None
-                listed.append({"rfilename": file, "size": size})
-            body = {"id": folder.name, "sha": COMMIT, "siblings": listed}
+            body = listed
         self.reply(200, body, {"Content-Type": "application/json"})
 
     def send_file(self, folder: Path, name: str) -> None:

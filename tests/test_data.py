@@ -51,8 +51,8 @@ for name, *_, row in cells_of(PUBLISHED):
     ROWS[name] = json.loads(row)
 
 
-def write(path, rows, lines=False):
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n" if lines else json.dumps(rows))
+def write(path, rows):
+    path.write_text(json.dumps(rows))
     return path
 
 
@@ -72,9 +72,8 @@ def test_every_format_is_read_as_itself(tmp_path):
         fewer = without(row, "category", "language", "source", "task", "question_type", "id", "uniq_id")
         for variant in (row, answered, fewer, dict(reversed(row.items()))):
             (q,) = read_questions(write(tmp_path / "q.json", [variant]))
-            (line,) = read_questions(write(tmp_path / "q.jsonl", [variant], lines=True))
             assert (q.meta["format"], q.meta["row"], q.meta["source"]) == (form, 0, variant), name
-            assert q == line and q.answer == answer and answer in q.choices
+            assert q.answer == answer and answer in q.choices
             assert q.audio == (None if form == "arc" else str(tmp_path / clip))  # beside the file
     assert {q[1] for q in cells_of(PUBLISHED)} == set(data.FORMATS)
 
@@ -153,9 +152,12 @@ c/fetched.wav | audio/c/fetched.wav
 """
 
 
+PUT = """deep.flac a/deep.wav a/only.mp3 ../secret.wav two.wav two.mp4 film.mp4 dog/001.wav cat/001.wav
+         audio/fetched.flac audio/c/fetched.wav"""
+
+
 def test_a_clip_is_found_by_its_whole_path_or_else_its_bare_name_and_never_as_anothers(tmp_path):
-    folder = put(tmp_path / "clips", "deep.flac", "a/deep.wav", "a/only.mp3", "../secret.wav", "two.wav", "two.mp4",
-                 "film.mp4", "dog/001.wav", "cat/001.wav", "audio/fetched.flac", "audio/c/fetched.wav")  # fmt: skip
+    folder = put(tmp_path / "clips", *PUT.split())
     for name, expected in cells_of(FOUND):
         assert clips_of(folder, [name]) == [expected], name
     both = ["dog/001.wav", "cat/001.wav", "dog/001.wav"]
@@ -175,12 +177,8 @@ def test_avqas_clips_are_found_under_all_their_names_and_are_one(tmp_path):
         assert clips_of(folder, names, ROWS["avqa"], "video_name") == [name] * 2
 
 
-@pytest.mark.skipif(not DATA.exists(), reason=f"real questions are not at {DATA}")
-def test_every_real_row_and_clip_is_read():
-    for file in ("mmau-test-mini-original.json", "mmau-test-mini-v05.15.25.json", "MMAR-meta.jsonl"):
-        questions = read_questions(DATA / file, DATA / "audio")
-        assert len(questions) == 1000
-        assert all(q.answer in q.choices and 2 <= len(q.choices) <= 8 for q in questions)
+@pytest.mark.skipif(not DATA.exists(), reason=f"real clips are not at {DATA}")
+def test_every_real_clip_is_read():
     for clip in sorted((DATA / "audio").iterdir()):
         samples = load_audio(clip)
         assert samples.ndim == 1 and 0.01 < np.abs(samples).max() <= 1

@@ -64,10 +64,6 @@ def fold(text):
     return " ".join(text.casefold().split())
 
 
-def squeezed(response, choices):
-    return list(map(fold, named_choices(response, choices)))
-
-
 def without_stop(text):
     return re.sub(r"[.!?]+$", "", text)
 
@@ -95,24 +91,24 @@ def read_carefully(text, choices):
 def test_both_rules_are_those_of_a_careful_reader(file):
     rng, questions = random.Random(0), read_questions(DATA / file)
     assert len(questions) == 1000
-    for q in questions[::3]:  # 6,000 replies
+    for q in questions[::6]:  # 9,000 replies in all
         choices = list(q.choices)
         for said in (*predictions(q, rng), *listings(q, rng)):
             assert string_match(q.answer, said, choices) == official(q.answer, said, choices), (q.id, said)
             named = read_carefully(said, choices)
-            assert set(squeezed(said, choices)) == named, (q.id, said)
+            assert sorted(map(fold, named_choices(said, choices))) == sorted(named), (q.id, said)
             (answer,) = read_carefully(q.answer, [q.answer])
             assert accuracy_reward(said, q.answer, choices) == float(named == {answer})
             assert contains_reward(said, q.answer, choices) == float(answer in named)
 
 
 def punctuated(answer):
-    """The answer with other marks: dashes, quotes, without them."""
-    forms = {answer.replace("-", " "), answer.replace(" ", "-"), answer.replace("-", "\u2013")}
-    for mark in ",.:;/()'":
-        forms.add(answer.replace(mark, ""))
-        forms.add(answer.replace(mark, " "))
-    return forms | {answer.replace("'", "\u2019"), f"\u201c{answer}\u201d", re.sub(r"[^\w\s]", " ", answer)}
+    """The answer with other marks, quoted, without them."""
+    forms = [f"\u201c{answer}\u201d", answer.replace(" ", "-"), re.sub(r"[^\w\s]", " ", answer)]
+    for mark in "-,.:;/()'":
+        for other in ("", " ", "\u2013", "\u2019"):
+            forms.append(answer.replace(mark, other))
+    return forms
 
 
 @on_real_questions
@@ -123,24 +119,24 @@ def test_a_right_answer_is_paid_and_a_list_is_not_on_every_real_question(file):
     dog". What the official match counts right is paid whatever its punctuation, but for 2 % of the questions.
     """
     rng = random.Random(0)
-    agreed, unpaid = {0.0: [], 1.0: []}, 0
+    unpaid = 0
     for q in read_questions(DATA / file):
         choices = list(q.choices)
         wrong = [choice for choice in choices if fold(choice) != fold(q.answer)]
-        forms = [(q.answer, 1.0), (f"The answer is {q.answer}.", 1.0), (without_stop(q.answer.upper()), 1.0)]
+        right = [q.answer, f"The answer is {q.answer}.", without_stop(q.answer.upper())]
+        false = []
         for choice in wrong:
             bare = without_stop(choice)
-            forms += [(choice, 0.0), (f"The answer is {bare}", 0.0)]
+            false += [choice, f"The answer is {bare}"]
             if bare.strip():  # one of MMAR's is empty
-                forms.append((f"{bare}, {q.answer}", 0.0))
+                false.append(f"{bare}, {q.answer}")
         if not all(fold(choice) in fold(q.answer) for choice in wrong):
-            forms += [(form, 0.0) for form in listings(q, rng)]
-        for form, paid in forms:
-            assert accuracy_reward(form, q.answer, choices) == paid, (q.id, form)
-            agreed[paid].append(paid == string_match(q.answer, form, choices))
+            false += listings(q, rng)
+        for form in right + false:
+            assert accuracy_reward(form, q.answer, choices) == (form in right), (q.id, form)
         right = [form for form in punctuated(q.answer) if string_match(q.answer, form, choices)]
         unpaid += not all(accuracy_reward(form, q.answer, choices) for form in right)
-    assert unpaid <= 20 and all(sum(same) / len(same) > 0.95 for same in agreed.values())
+    assert unpaid <= 20
 
 
 # response | answer | choices | exact, contains. "red car" and "car wash" overlap: both are named.
@@ -180,32 +176,32 @@ def test_rewards_written_out():
         for order in (choices.split("; "), choices.split("; ")[::-1]):
             assert accuracy_reward(response, answer, order) == int(paid[0]), case
             assert contains_reward(response, answer, order) == int(paid[2]), case
-    choices = ["Man", "man ", "Woman", "Man and dog"]
-    assert squeezed("A man and dog; a WOMAN, a woman", choices) == ["man and dog", "woman"]
-    assert squeezed("a dog", choices) == [] == squeezed("", choices)
 
 
-TAGGED = [  # prompt, reply, the answer in it, whether it has the asked form
-    ("direct", "<answer>Man</answer>", "<answer>Man</answer>", 0),
-    ("answer", " <answer>\nMan\n</answer>\n", "Man", 1),
-    ("answer", "It is <answer>Man</answer>", "Man", 0),
-    ("answer", "<answer>Man</answer><answer>Woman</answer>", "Woman", 0),
-    ("answer", "<answer>Man", "<answer>Man", 0),
-    ("answer", "<answer>Woman <answer>Man</answer> or </answer>", "Man", 0),
-    ("answer", "<answer>" * 50_000 + "</answer>", "", 0),
-    ("think", "<think>a\nb</think>\n\n<answer>Man</answer>", "Man", 1),
-    ("brief", "<think>Woman? No.</think> <answer>Man</answer>", "Man", 1),
-    ("think", "<answer>Man</answer>", "Man", 0),
-    ("think", "<answer>Man</answer><think>Woman</think>", "Man", 0),
-    ("think", "<think><answer>Woman</answer></think><answer>Man</answer>", "Man", 0),
-    ("brief", "<think>a</think><think>b</think><answer>Man</answer>", "Man", 0),
-]
+# prompt | reply | the answer in it | whether it has the asked form
+TAGGED = r"""
+direct | <answer>Man</answer> | <answer>Man</answer> | 0
+answer |  <answer>\nMan\n</answer>\n | Man | 1
+answer | It is <answer>Man</answer> | Man | 0
+answer | <answer>Man</answer><answer>Woman</answer> | Woman | 0
+answer | <answer>Man | <answer>Man | 0
+answer | <answer>Woman <answer>Man</answer> or </answer> | Man | 0
+answer | MANY</answer> |  | 0
+think | <think>a\nb</think>\n\n<answer>Man</answer> | Man | 1
+brief | <think>Woman? No.</think> <answer>Man</answer> | Man | 1
+think | <answer>Man</answer> | Man | 0
+think | <answer>Man</answer><think>Woman</think> | Man | 0
+think | <think><answer>Woman</answer></think><answer>Man</answer> | Man | 0
+brief | <think>a</think><think>b</think><answer>Man</answer> | Man | 0
+"""
 
 
 def test_answers_are_taken_from_the_tags_that_the_prompt_asks_for():
-    for prompt, reply, answer, asked_form in TAGGED:
+    for case in TAGGED.strip().splitlines():
+        prompt, reply, answer, asked_form = case.split(" | ")
+        reply = reply.replace(r"\n", "\n").replace("MANY", "<answer>" * 50_000)
         assert final_answer(reply, prompt) == answer
-        assert format_reward(reply, prompt) == asked_form
+        assert format_reward(reply, prompt) == int(asked_form), case
     for prompt, asked in PROMPTS.items():  # the form is that of the tags in the prompt's own words
         reply = "".join(f"<{tag}>x</{tag}>" for tag in re.findall(r"<(\w+)>", asked))
         assert format_reward(reply, prompt) == (prompt != "direct")
