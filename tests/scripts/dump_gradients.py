@@ -74,7 +74,8 @@ def main() -> None:
         "responses": [everything[k] for k in sorted(everything)],
         "bytes": sizes,
         "plan": plan.lasting_bytes(run.plan),
-        "collectives": dict(COLLECTIVES),
+        "passes": len(rollouts),
+        **COLLECTIVES,
         "groups": len(fsdp.groups(run.policy.model)) + 1,  # and the rest
     }
     if rank == 0:
