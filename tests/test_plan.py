@@ -2,19 +2,18 @@
 
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import fake_step
 from transformers import WhisperFeatureExtractor
 
 import plan
 import tiny
-from conftest import DATA
+from conftest import DATA, Processes
 from files import InputError
 from plan import DISK, GIB, choose_plan, find_card, lasting_bytes, step_seconds
 from train import FIRST_SAVE, main, parse
@@ -194,12 +193,11 @@ def check_step(folder: Path, gpus: int, clip_seconds: int, options: str) -> tupl
 
     Returns the peak in GiB and the layout.
     """
-    script = f"{sys.executable} tests/scripts/fake_step.py"
-    command = f"{script} {gpus} {plan.TEXT + 25 * clip_seconds} {clip_seconds} --model {folder} {options}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command.split(), cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    step = json.loads(done.stdout.splitlines()[-1])
+    about = [gpus, plan.TEXT + 25 * clip_seconds, clip_seconds, "--model", folder, "--out", folder / "step"]
+    process = Processes(1)
+    process.run(fake_step.main, *about, *options.split())
+    process.stop()
+    step = json.loads((folder / "step").read_text())
     assert all(step["measured"][part] <= step["planned"][part] for part in step["measured"]), step
     peak = max(step["measured"].values())
     assert max(step["planned"].values()) <= 1.1 * peak, step

@@ -305,8 +305,7 @@ def test_a_signal_saves_a_second_start_is_refused_and_another_number_of_processe
     reward.write_text(f"""if True:
         import pathlib, time, reward
         def exact(*asked, place=pathlib.Path({str(tmp_path)!r})):
-            (place / "asked").touch()
-            while (place / "wait").exists():
+            while (place / "wait").exists() and (place / "log.jsonl").exists():  # in the first step
                 time.sleep(0.01)
             return reward.accuracy_reward(*asked)
     """)
@@ -318,13 +317,13 @@ def test_a_signal_saves_a_second_start_is_refused_and_another_number_of_processe
     job = subprocess.Popen(
         command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    while not (tmp_path / "asked").exists() and job.poll() is None:
+    while not scores(tmp_path) and job.poll() is None:
         time.sleep(0.01)
     assert train_here(tmp_path, *options) == 2
     error = capsys.readouterr().err
     assert "one run writes to a place at a time" in error and f"process {os.getpid()}" not in error
     job.terminate()  # torchrun passes it on
-    time.sleep(0.5)
+    time.sleep(1)
     (tmp_path / "wait").unlink()
     output, _ = job.communicate(timeout=300)
     assert job.returncode != 0 and "is saved" in output
