@@ -12,6 +12,7 @@ for name in list(os.environ):
         del os.environ[name]
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import gc
 import hashlib
 import multiprocessing
 import shutil
@@ -33,6 +34,7 @@ DATA = Path(os.environ.get("OMNI_R1_DATA", HERE.parent.parent / "shared" / "data
 
 FORK = multiprocessing.get_context("fork")
 
+gc.freeze()  # what is imported stays, and need not be looked through again
 torch.set_num_threads(2)  # not what the machine has: a container may have less
 # In a shell's background Ctrl-C is ignored, and would be by all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
