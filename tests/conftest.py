@@ -1,5 +1,5 @@
-"""What tests share: the tiny world, kept in the system's temporary folder until what makes it changes, and two
-processes that are started once.
+"""What tests share: the tiny world, kept in the system's temporary folder until what makes it changes, and processes
+that need not import anything.
 """
 
 import os
