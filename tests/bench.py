@@ -10,9 +10,7 @@ have it: the prompt repeated G times, `generate`, logits at every position, the 
 
 import argparse
 import copy
-import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -28,16 +26,15 @@ import numpy as np
 import soundfile
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig
 
 import fsdp
 import grpo
 from data import Asked, Question
+from gpu import make_checkpoint, make_questions
 from model import load_model
 from reward import accuracy_reward
 from tiny import make_world
 from train import parse
-from weights import FAMILIES
 
 NEW_TOKENS = 8
 AUDIO = {"d_model": 384, "encoder_layers": 6, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536}
@@ -49,36 +46,17 @@ SIZES = {
 
 
 def middle_model(folder, family):
-    """A random model of middle size in `folder`, with the tiny world's tokenizer, and a 10 s clip beside
-    it.
-    """
-    world, folder = folder / "tiny", folder / family
-    make_world(world, family, effort=0)
-    config = json.loads((world / "model" / "config.json").read_text())
-    inner = config.get("thinker_config", config)
-    inner["audio_config"].update(AUDIO)
-    inner["text_config"].update(SIZES[family])
-    inner["text_config"].pop("layer_types", None)
-    if family == "omni":
-        inner["audio_config"]["output_dim"] = inner["text_config"]["hidden_size"]
-        inner["vision_config"]["out_hidden_size"] = inner["text_config"]["hidden_size"]
-        rope = {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6}
-        inner["text_config"]["rope_parameters"] = rope
-    shutil.copytree(world / "model", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    (folder / "config.json").write_text(json.dumps(inner))
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(folder)
-    FAMILIES[config.model_type].model_class(config).save_pretrained(folder)
-    noise = np.random.default_rng(0).standard_normal(160_000).astype("float32") * 0.1
-    soundfile.write(folder / "clip.wav", noise, 16_000)
-    return folder
+    """A random model of middle size with the tiny world's tokenizer, and a clip of 10 s."""
+    make_world(folder / "tiny", family, effort=0)
+    make_checkpoint(folder / family, folder / "tiny", SIZES[family], AUDIO, torch.float32)
+    make_questions(folder / family, 1, 10)
+    return folder / family
 
 
 def the_question(folder):
     text = "What is the source of the sound in the audio, and what happens after it?"
-    return Question(
-        "1", text, ("motorboat", "sailing boat", "dog", "car"), "dog", str(folder / "clip.wav"), {}
-    )
+    choices = ("motorboat", "sailing boat", "dog", "car")
+    return Question("1", text, choices, "dog", str(folder / "0.wav"), {})
 
 
 class Published:
@@ -91,7 +69,7 @@ class Published:
         self.reference = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-6, weight_decay=0.0, fused=True)
         self.ids = self.lm.encode(the_question(folder)).input_ids[None]
-        self.audio = self.features([folder / "clip.wav"])
+        self.audio = self.features([folder / "0.wav"])
         del self.lm.model
 
     def features(self, clips):
@@ -211,7 +189,7 @@ def print_peak(folder, side, group):
 
 def bench_features(folder, family, repeat):
     published = Published(folder)
-    clip = folder / "clip.wav"
+    clip = folder / "0.wav"
     waveform = soundfile.read(clip, dtype="float32")[0]
     torch.set_num_threads(1)  # as beside a training process
     calls = {"published": lambda: published.features([clip])}

@@ -1,5 +1,5 @@
-"""What tests share: the tiny world, kept in the system's temporary folder until what makes it changes, and two
-processes that are started once.
+"""What tests share: the tiny world, kept in the system's temporary folder until what makes it changes, and processes
+that need not import anything.
 """
 
 import os
@@ -12,13 +12,12 @@ for name in list(os.environ):
         del os.environ[name]
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import contextlib
+import gc
 import hashlib
-import json
+import multiprocessing
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,12 +27,14 @@ import pytest
 import torch
 
 import tiny
+import train
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("OMNI_R1_DATA", HERE.parent.parent / "shared" / "data"))  # real files, not ours
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+FORK = multiprocessing.get_context("fork")
 
+gc.freeze()  # what is imported stays, and need not be looked through again
 torch.set_num_threads(2)  # not what the machine has: a container may have less
 # In a shell's background Ctrl-C is ignored, and would be by all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -73,25 +74,19 @@ def world_qwen2audio():
     return make_once("qwen2audio", 0.1)
 
 
-@contextlib.contextmanager
-def time_limit(seconds):
+@pytest.fixture(autouse=True)
+def nothing_hangs(request):
+    """What waits for ever fails its own test, and the rest run."""
+    seconds = 3600 if request.node.get_closest_marker("slow") else 600
+
     def fail(*_):
         raise AssertionError(f"not done in {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture(autouse=True)
-def nothing_hangs(request):
-    """What waits for ever fails its own test, and the rest run."""
-    with time_limit(3600 if request.node.get_closest_marker("slow") else 600):
-        yield
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def free_port():
@@ -100,57 +95,65 @@ def free_port():
         return one.getsockname()[1]
 
 
-class Pair:
-    """Two processes that are started once: a launch of torchrun costs as much as a run here."""
+class Processes:
+    """Several processes, as torchrun would start each, which run one program after another.
 
-    def __init__(self, folder):
-        self.folder, self.count, self.job = folder, 0, None
+    They are forks of this one: to import torch and transformers again takes as long as ten runs here.
+    """
 
-    def start(self):
-        for job in self.folder.glob("*.json"):
-            job.unlink()
-        self.count = 0
-        with open(self.folder / "log", "w") as log:
-            self.job = subprocess.Popen(
-                [*TORCHRUN, "--nproc_per_node", "2", HERE / "scripts" / "pair.py", self.folder],
-                cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
+    def __init__(self, count):
+        self.count = count
+        self.jobs = []
+        self.pipes = []
+
+    def start(self, entry, *flags):
+        if not self.jobs:
+            for rank in range(self.count):
+                here, there = FORK.Pipe()
+                place = {"RANK": str(rank), "WORLD_SIZE": str(self.count), "MASTER_ADDR": "127.0.0.1"}
+                self.jobs.append(FORK.Process(target=work, args=(place, there), daemon=True))
+                self.jobs[-1].start()
+                self.pipes.append(here)
+                there.close()  # so that the process's end is the pipe's
+        port = str(free_port())
+        for pipe in self.pipes:
+            pipe.send((port, entry, [*map(str, flags)]))
+
+    def run(self, entry, *flags):
+        """The program's `main` on all; each must end with 0 in five minutes."""
+        self.start(entry, *flags)
+        try:
+            for pipe in self.pipes:
+                assert pipe.poll(300) and pipe.recv() == 0
+        except BaseException:
+            self.stop()
+            raise
+
+    def train(self, out, *flags):
+        self.run(train.main, "--out", out, *flags)
 
     def stop(self):
-        if self.job:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.job.pid, signal.SIGKILL)
-            self.job.wait()
-        self.job = None
+        for job in self.jobs:
+            job.kill()
+            job.join()
+        self.__init__(self.count)
 
-    def run(self, module, *arguments):
-        """The program's `main` on both; they must end with 0 in five minutes."""
-        if not self.job:
-            self.start()
-        job = self.folder / f"{self.count}.json"
-        ends = [self.folder / f"{self.count}.{rank}" for rank in range(2)]
-        for end in ends:
-            end.unlink(missing_ok=True)
-        job.with_suffix(".writing").write_text(json.dumps([free_port(), module, [*map(str, arguments)]]))
-        job.with_suffix(".writing").rename(job)
-        self.count += 1
-        deadline = time.time() + 300
-        while self.job.poll() is None and time.time() < deadline:
-            if all(end.exists() for end in ends):
-                break
-            time.sleep(0.01)
-        said = [end.exists() and end.read_text() for end in ends]
-        if said != ["exit 0", "exit 0"]:
-            self.stop()
-        assert said == ["exit 0", "exit 0"], (self.folder / "log").read_text()[-3000:]
 
-    def train(self, out, *arguments):
-        self.run("train", "--out", out, *arguments)
+def work(place, pipe):
+    torch.set_num_threads(1)
+    os.environ.update(place)
+    while True:
+        os.environ["MASTER_PORT"], entry, flags = pipe.recv()
+        sys.argv = ["program", *flags]
+        code = 0
+        try:
+            entry()
+        except SystemExit as end:
+            code = end.code
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how this one is ended when all is done
+        pipe.send(code)
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory):
-    two = Pair(tmp_path_factory.mktemp("pair"))
-    yield two
-    two.stop()
+def pair():
+    return Processes(2)

@@ -67,20 +67,24 @@ GIB = 2**30
 # ------------------------------------------------------------------------------------------- what is measured
 
 
-def make_checkpoint(folder: Path, size: str, world: Path) -> None:
-    """A thinker's folder of the published dimensions, random weights in bf16."""
+def make_checkpoint(folder: Path, world: Path, text: dict, audio: dict, dtype=torch.bfloat16) -> None:
+    """A model's folder, an Omni's with the thinker alone: the world's tokenizer, other dimensions, random
+    weights."""
     shutil.copytree(world / "model", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    config = json.loads((folder / "config.json").read_text())["thinker_config"]
-    config["text_config"].update(DECODERS[size])
+    config = json.loads((folder / "config.json").read_text())
+    config = config.get("thinker_config", config)
     config["text_config"].pop("layer_types", None)
-    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
-    config["text_config"]["rope_parameters"] = rope
-    config["audio_config"]["output_dim"] = DECODERS[size]["hidden_size"]
-    if size != "tiny":
-        config["audio_config"].update(TOWER)
+    config["text_config"].update(text)
+    if "output_dim" in config["audio_config"]:  # an Omni
+        eighth = text["hidden_size"] // text["num_attention_heads"] // 8
+        sections = [eighth, 3 * eighth // 2, 3 * eighth // 2]
+        rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}
+        config["text_config"]["rope_parameters"] = rope
+        config["audio_config"]["output_dim"] = text["hidden_size"]
+    config["audio_config"].update(audio)
     (folder / "config.json").write_text(json.dumps(config))
-    model = empty_model(folder).to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
-    block = torch.empty(BLOCK, dtype=torch.bfloat16).normal_(0, 0.02)
+    model = empty_model(folder).to(dtype).to_empty(device="cpu").requires_grad_(False)
+    block = torch.empty(BLOCK, dtype=dtype).normal_(0, 0.02)
     for p in model.parameters():
         p.fill_(1.0)
         if p.ndim > 1:
@@ -300,7 +304,7 @@ def main() -> int:
         make_questions(folders[0], 2, 1)
         for size in args.size:
             folders.append(Path(scratch) / size)
-            make_checkpoint(folders[-1], size, world)
+            make_checkpoint(folders[-1], world, DECODERS[size], {} if size == "tiny" else TOWER)
             make_questions(folders[-1], *((2, 1) if size == "tiny" else (8, 10)))
         command = [sys.executable]
         if gpus > 1:

@@ -1,10 +1,7 @@
-"""What a CPU can prove of a run on GPUs: bf16, the collectives of a step, no tensor on the wrong device."""
+"""What a CPU can prove of a run on GPUs: bf16, no tensor on the wrong device, how a process starts and ends."""
 
 import importlib
-import json
-import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -15,15 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_train import arguments, environment, log, train_here, weights
+from test_train import arguments, environment, log, stop_at, train_here, weights
 
 import fsdp
-import tiny
+from conftest import FORK
 from data import read_questions
 from files import InputError
 from model import empty_lm, load_weights
 from plan import choose_plan
-from train import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,98 +31,47 @@ def options_of(world, **more) -> list[str]:
     return arguments(world, batch=2, steps=3, lr=1e-4, dtype="bfloat16", save_minutes=1e-9, **more)
 
 
-@pytest.fixture(scope="module")
-def in_fp32(world, tmp_path_factory):
-    out = tmp_path_factory.mktemp("fp32")
-    assert train_here(out, *options_of(world), "--dtype", "float32") == 0
-    return log(out)
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [{}, {"reshard": "on", "checkpointing": "on"}, {"cpu_offload": "on"}, {"cpu_offload": "moments"}],
-)
-def test_bf16_starts_with_a_kl_of_0_stays_near_fp32_and_resumes_bit_for_bit(
-    world, in_fp32, layout, tmp_path, monkeypatch
+def test_bf16_starts_with_a_kl_of_0_stays_near_fp32_and_resumes_bit_for_bit_in_any_layout(
+    world, tmp_path, monkeypatch
 ):
-    whole = tmp_path / "whole"
-    stopped = tmp_path / "stopped"
-    save = Run.save
-
-    def save_and_keep(run):
-        save(run)
-        if run.step == 2 and not stopped.exists():
-            shutil.copytree(whole, stopped)  # what a kill leaves at this moment
-
-    monkeypatch.setattr(Run, "save", save_and_keep)
-    for out in (whole, stopped):
-        assert train_here(out, *options_of(world, **layout)) == 0
-    rows = log(whole)
+    """The reference in host memory is the layout of the smallest cards, which no option asks for."""
+    fp32, whole = tmp_path / "fp32", tmp_path / "bf16"
+    assert train_here(fp32, *options_of(world), "--dtype", "float32") == 0
+    assert train_here(whole, *options_of(world)) == 0
+    rows, expected = log(whole), weights(whole / "model")
     assert rows[0]["kl"] == 0 and max(row["kl"] for row in rows) > 0  # of some steps bf16 shows nothing
-    assert rows[0]["entropy"] == pytest.approx(in_fp32[0]["entropy"], rel=0.1)
-    for row, other, resumed in zip(rows, in_fp32, log(stopped), strict=True):
+    for row, other in zip(rows, log(fp32), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], abs=0.05)
-        assert all(row[key] == resumed[key] for key in ("step", "loss", "reward", "grad_norm", "kl"))
-    resumed = weights(stopped / "model")
-    assert all(torch.equal(weight, resumed[name]) for name, weight in weights(whole / "model").items())
-
-
-def test_a_reference_in_host_memory_changes_nothing(world, in_fp32, tmp_path, monkeypatch):
-    """The layout of the smallest cards, which no option asks for."""
+        assert row["entropy"] == pytest.approx(other["entropy"], rel=0.1)
 
     def with_reference(*about):
         chosen = choose_plan(*about)
-        return replace(chosen, layout=replace(chosen.layout, offload="on (reference too)"))
+        offload = chosen.layout.offload.replace("on", "on (reference too)")
+        return replace(chosen, layout=replace(chosen.layout, offload=offload))
 
     monkeypatch.setattr("train.choose_plan", with_reference)
-    assert train_here(tmp_path, *options_of(world, cpu_offload="on"), "--dtype", "float32") == 0
-    for row, other in zip(log(tmp_path), in_fp32, strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], abs=1e-6)
-        assert row["kl"] == pytest.approx(other["kl"], abs=1e-6)
-
-
-# ----------------------------------------------------------------------------------------------- collectives
-
-
-LAYOUTS = [{"reshard": "on", "accumulation": 2}, {"reshard": "on", "accumulation": 1}, {}]
-
-
-def test_a_group_is_gathered_four_times_a_pass_at_most_and_reduced_once_whatever_the_tokens(
-    world, pair, tmp_path
-):
-    out = tmp_path / "calls.json"
-    runs = []
-    for layout in LAYOUTS:
-        for tokens in (2, 9):
-            options = arguments(world, batch=4, max_new_tokens=tokens, **layout)
-            runs.append(json.dumps(options))
-    pair.run("collectives", out, *runs)
-    found = json.loads(out.read_text())
-    norms = []
-    for one in found:
-        norms.append(one.pop("norm"))
-        assert norms[-1] == pytest.approx(one.pop("norm of torch"), rel=1e-6)
-        assert 0 < one["all_gather_single"] <= 4 * one["passes"] * one["groups"]
-        assert one["reduce_scatter_single"] == one["passes"] * one["groups"]
-    assert min(norms) > 0
-    assert [one["passes"] for one in found] == [2, 2, 1, 1, 1, 1]
-    assert found[::2] == found[1::2]  # 2 tokens and 9
-    # Nothing re-sharded: policy and reference, once.
-    assert found[4]["all_gather_single"] == 2 * found[4]["groups"]
+    for layout in ({"cpu_offload": "moments"}, {"cpu_offload": "on", "reshard": "on", "checkpointing": "on"}):
+        out = tmp_path / layout["cpu_offload"]
+        options = options_of(world, **layout)
+        stop_at(2, out, options)
+        assert train_here(out, *options) == 0
+        for row, other in zip(log(out), rows, strict=True):
+            assert all(row[key] == other[key] for key in ("step", "loss", "reward", "grad_norm", "kl"))
+        for name, weight in weights(out / "model").items():
+            assert torch.equal(weight, expected[name]), name
 
 
 # ------------------------------------------------------------------------------------- devices are not mixed
 
 
 @pytest.mark.parametrize("audio", [True, False])
-@pytest.mark.parametrize("family", ["omni", "qwen2audio"])
-def test_what_computes_is_all_on_the_accelerator(family, audio, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["world", "world_qwen2audio"])
+def test_what_computes_is_all_on_the_accelerator(family, audio, request, monkeypatch):
     """The meta device stands in for it: an operation on tensors of two devices raises there as on CUDA.
 
     As under --cpu_offload: the storage is in host memory, FSDP gathers the weights on the accelerator.
     """
-    world = tmp_path / "world"
-    tiny.make_world(world, family, effort=0, sizes={"train": 2, "arc": 1, "mmau": 1, "mmar": 1})
+    world = request.getfixturevalue(family)
     lm = load_weights(empty_lm(world / "model", torch.bfloat16, audio), "cpu", compute="meta")
     for module in lm.modules():
         for name, parameter in module._parameters.items():
@@ -214,9 +159,6 @@ def test_moments_in_host_memory_and_local_clipping_are_torchs_own_bit_for_bit(mo
             assert torch.equal(mine, other)
 
 
-FORK = multiprocessing.get_context("fork")  # a start would import for seconds
-
-
 def wait_for_ever(pids) -> None:
     """In C, as a collective does whose other processes are gone: Python's handlers do not run."""
     importlib.reload(fsdp)  # its first lines bind this process to torchrun's life
@@ -255,24 +197,6 @@ def is_running(pid: int) -> bool:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
-
-
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog):
-    fsdp.start_processes()
-    for step in (1, 2, 3, 4):
-        fsdp.save_checkpoint(tmp_path, step, {"a": torch.full((9,), float(step))}, {}, keep=3)
-    folders = fsdp.checkpoints(tmp_path)
-    assert [folder.name for folder in folders] == ["step-000002", "step-000003", "step-000004"]
-    (folders[2] / "run.json").write_text("{")
-    piece = max(folders[1].glob("*.distcp"), key=lambda file: file.stat().st_size)
-    piece.write_bytes(piece.read_bytes()[:-1])
-    assert fsdp.newest_checkpoint(tmp_path) == folders[0]
-    assert "step-000004 is damaged" in caplog.text and "step-000003 is damaged" in caplog.text
-    tensors = {"a": torch.zeros(9)}
-    fsdp.load_checkpoint(folders[0], tensors)
-    assert tensors["a"].tolist() == [2.0] * 9
-    dist.destroy_process_group()
-    torch.use_deterministic_algorithms(False)
 
 
 # ------------------------------------------------------------------------------------------- the GPU's script

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,42 +26,24 @@ import files
 import fsdp
 import tiny
 import train as program
-from data import Asked, Question, check_clips, load_questions, read_questions
-from files import InputError, rows_of
+from conftest import Processes
+from data import Asked, Question, read_questions
+from files import rows_of
 from grpo import Rollout, group_advantages
 from model import draw
 from report import doubts
 from reward import accuracy_reward
-from train import Journal, Run, main, parse, set_batch
+from train import Journal, Run, main, parse
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 5
+STEPS = 3
 SLOW = pytest.mark.slow
 HELD_OUT = {"hold_out": 40, "eval_every": 2, "save_model_every": 2}
 EACH_STEP = 1e-9  # minutes between checkpoints
 
 
-def start(processes, out, *flags, **more):
-    """train.py as a user would start it, by torchrun where there are several."""
-    python = [sys.executable]
-    if processes > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.Popen(
-        [*python, "train.py", "--out", out, *map(str, flags)], cwd=ROOT, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more,
-    )  # fmt: skip
-
-
 def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def train(out, *flags, processes=1, code=0, **more):
-    """The same until it ends; returns what it said."""
-    job = start(processes, out, *flags, **more)
-    said, _ = job.communicate(timeout=300)
-    assert job.returncode == code, said
-    return said
 
 
 def here(entry, *flags):
@@ -133,7 +114,7 @@ def same_run(world, one, two):
 
 @pytest.fixture(scope="module")
 def one(world, tmp_path_factory):
-    """One process's run of five steps, which the others are compared with."""
+    """One process's run, which the others are compared with."""
     out = tmp_path_factory.mktemp("one")
     assert train_here(out, *arguments(world, **HELD_OUT)) == 0
     return out
@@ -143,26 +124,22 @@ ODD = "def odd(response, answer, choices): return len(response) * (len(answer) %
 # processes | what both runs are asked | what the second alone is asked. Without the former the first is `one`.
 SAME = """
 2 | | --accumulation 2
-2 | | --reshard on --checkpointing on
-2 | | --reshard on --cpu_offload on
+2 | | --reshard on --checkpointing on --cpu_offload on
 4 | | --replicas 2
-1 | | --checkpointing on --cpu_offload moments
-1 | | --accumulation 2
-2 | --no_audio --reward {broken}/mine.py:odd |
-2 | --data {world}/train_qa.json {world}/arc.jsonl --shares 0.5 0.5 |
-2 | --data {broken}/train_qa.json --audio_dir {broken}/audio |
-2 | --updates 2 --steps 3 --beta 0 --loss token |
-2 | --updates 2 --steps 3 --beta 0 --loss dr |
-2 | --updates 2 --steps 3 --prompt answer --format_weight 0.5 --reward contains |
-2 | --updates 2 --steps 3 --reshard on --reward {broken}/mine.py:odd --lora 4 |
-2 | --updates 2 --steps 3 --reshard on --reward {broken}/mine.py:odd --model {qwen2audio}/model |"""
+1 | | --accumulation 2 --checkpointing on --cpu_offload moments
+2 | --no_audio --reward {broken}/mine.py:odd --updates 2 --beta 0 --loss token --lr 1e-4 |
+2 | --data {world}/train_qa.json {world}/arc.jsonl --shares 0.5 0.5 --updates 2 --beta 0 --loss dr |
+2 | --data {broken}/train_qa.json --audio_dir {broken}/audio --prompt answer --format_weight 0.5 --reward contains |
+2 | --updates 2 --reshard on --reward {broken}/mine.py:odd --model {qwen2audio}/model |
+2 | --updates 2 --reward {broken}/mine.py:odd --lora 4 | --reshard on
+2 | --lora 4 --lr 5e-3 | --reshard off --accumulation 2"""
 
 
 @pytest.mark.parametrize("line", [pytest.param(x, marks=[SLOW] * (x[0] > "2")) for x in SAME.split("\n")[1:]])
 def test_a_run_is_the_same_on_any_number_of_processes_and_in_any_layout(
     world, world_qwen2audio, one, pair, line, tmp_path, caplog
 ):
-    broken_world(world, tmp_path, broken=2)
+    broken_world(world, tmp_path)
     (tmp_path / "mine.py").write_text(ODD)
     told = line.format(world=world, qwen2audio=world_qwen2audio, broken=tmp_path)
     processes, both, own = [part.split() for part in told.split("|")]
@@ -173,23 +150,20 @@ def test_a_run_is_the_same_on_any_number_of_processes_and_in_any_layout(
         assert train_here(first, *options) == 0
     if processes == ["1"]:
         assert train_here(second, *options, *own) == 0
-    elif processes == ["2"]:
-        pair.train(second, *options, *own)
     else:
-        train(second, *options, *own, processes=4)
+        several = pair if processes == ["2"] else Processes(4)
+        several.train(second, *options, *own)
     rows, expected = log(second), log(first)
-    several = "--updates" in both
-    assert several or rows[0]["kl"] == 0  # exactly 0 before the first update
+    again = "--updates" in both
+    assert again or rows[0]["kl"] == 0  # exactly 0 before the first update
     assert any(row["frac_reward_zero_std"] < 1 for row in rows)  # some advantages are not zero
-    assert not several or "--lora" in both or any(row["clip_ratio"] > 0 for row in rows)
+    assert not again or "--lora" in both or any(row["clip_ratio"] > 0 for row in rows)
     for row, other in zip(rows, expected, strict=True):
         for key in ("loss", "grad_norm", "clip_ratio", "kl", "entropy"):
             assert row[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), key  # a KL can be 100
         for key in ("completion_length", "reward", "official", "hedged", "named_none", "bad_clips"):
             assert row[key] == other[key], key
-    assert (
-        ("broken" in line and "odd" not in line) == (rows[-1]["bad_clips"] > 0) == ("replaced" in caplog.text)
-    )
+    assert ("{broken}/audio" in line) == (rows[-1]["bad_clips"] > 0) == ("replaced" in caplog.text)
     for row, other in zip(scores(second), scores(first), strict=True):
         assert (row["step"], row["eval_accuracy"]) == (other["step"], other["eval_accuracy"])
     said, expected = (rows_of(out / "samples.jsonl")[0]["responses"] for out in (second, first))
@@ -200,21 +174,31 @@ def test_a_run_is_the_same_on_any_number_of_processes_and_in_any_layout(
 def test_two_processes_accumulate_the_gradients_of_one_in_planned_shards_with_few_collectives(
     world, pair, tmp_path
 ):
-    """All accumulated gradients of 6 questions, element by element."""
-    options = arguments(world, batch=6, reshard="off")
-    assert here(dump_gradients.main, *options, "--out", tmp_path / "g1") == 0
-    pair.run("dump_gradients", *options, "--out", tmp_path / "g2")
-    one, two = (torch.load(tmp_path / f"g{n}" / "step.pt", weights_only=True) for n in (1, 2))
-    assert one["responses"] == two["responses"] and len(one["responses"]) == 6
-    assert one["gradients"].keys() == two["gradients"].keys()
-    for name, gradient in one["gradients"].items():
-        assert (two["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-12, name
-    for side in (one, two):  # what the plan says of each process's shards, and what they took
-        for what, size in side["bytes"].items():
+    """Element by element. What is gathered does not depend on the number of tokens, here 6."""
+    sides = []
+    for number, layout in enumerate([{}, {"reshard": "off"}, {"reshard": "on", "accumulation": 2}]):
+        out = tmp_path / f"side{number}"
+        options = arguments(world, **layout, out=out)
+        if number:
+            pair.run(dump_gradients.main, *options)
+        else:
+            here(dump_gradients.main, *options)
+        sides.append(torch.load(out / "step.pt", weights_only=True))
+    one = sides[0]
+    for side in sides:
+        assert side["responses"] == one["responses"] and len(one["responses"]) == 4
+        assert side["gradients"].keys() == one["gradients"].keys()
+        for name, gradient in one["gradients"].items():
+            assert (side["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-12, name
+        for what, size in side["bytes"].items():  # what the plan says of each process's shards
             assert size == pytest.approx(side["plan"][what], rel=0.03), what
-    # Policy and reference are gathered once for the whole step, whatever its questions and tokens.
-    assert two["collectives"]["all_gather_single"] == 2 * two["groups"]
-    assert two["collectives"]["reduce_scatter_single"] == two["groups"]
+    kept, resharded = sides[1:]
+    assert [side["passes"] for side in sides] == [1, 1, 2]
+    # Policy and reference once for the whole step; or for rollout, reference, forward and backward of a pass.
+    assert kept["all_gather_single"] == 2 * kept["groups"]
+    assert 0 < resharded["all_gather_single"] <= 4 * 2 * resharded["groups"]
+    for side in sides[1:]:
+        assert side["reduce_scatter_single"] == side["passes"] * side["groups"]
 
 
 def test_log_samples_and_models_are_what_other_trainers_and_people_expect(world, one):
@@ -223,8 +207,8 @@ def test_log_samples_and_models_are_what_other_trainers_and_people_expect(world,
     rows = log(one)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(set(keys.split()) <= set(row) for row in rows)
-    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3 * (5 - i) / 5 for i in range(5)])
-    assert [row["step"] for row in scores(one)] == [0, 2, 4, 5]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert [row["step"] for row in scores(one)] == [0, 2, 3]
     assert all(row["eval_low"] < row["eval_accuracy"] < row["eval_high"] for row in scores(one))
     questions = {q.id: q for q in read_questions(world / "train_qa.json", world / "audio")}
     for step, sample in enumerate(rows_of(one / "samples.jsonl"), start=1):
@@ -233,8 +217,7 @@ def test_log_samples_and_models_are_what_other_trainers_and_people_expect(world,
         rewards = [accuracy_reward(text, question.answer, question.choices) for text in sample["responses"]]
         assert sample["rewards"] == rewards
         assert sample["advantages"] == pytest.approx(group_advantages(torch.tensor(rewards)).tolist())
-    models = [weights(one / name) for name in ("model-step-2", "model-step-4", "model")]
-    assert distance(models[0], models[1]) > 0 and distance(models[1], models[2]) > 0
+    assert distance(weights(one / "model-step-2"), weights(one / "model")) > 0
     config = json.loads((one / "config.json").read_text())
     assert config["parameters"] > 1e5 and config["lr"] == 1e-3
 
@@ -259,49 +242,42 @@ def test_one_question_is_explained_and_nothing_is_written(world, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_held_out_questions_are_never_trained_on(world):
-    """The same ones whatever the seed, and none of them among any step's questions."""
-    configs = [parse(arguments(world, hold_out=300, seed=seed)) for seed in (0, 5)]
-    configs[1].audio_dir = [None]  # the same clips, found beside the questions
-    loaded, again = (load_questions(config, check_clips) for config in configs)
-    held_out = {question.id for question in loaded.held_out}
-    trained = {question.id for file in loaded.files for question in file}
-    assert len(held_out) == 300 and not held_out & trained and len(trained) == 300
-    assert loaded.held_out == again.held_out
-
-
 # ------------------------------------------------------------------------------------------ killed and resumed
 
 
-def kill_and_resume(out, options, processes, moments):
-    """Start the run; kill -9 it, or its launcher, whose processes die with it, at random moments; start it again
-    at once, until it ends.
-    """
-    rng = random.Random(0)
-    for moment in range(moments):
-        have = len(log(out))
-        early = rng.uniform(1, 8) if moment % 3 == 2 else 300  # while its processes import torch or meet
-        job = started(processes, out, *options, rows=have + 1, seconds=early)  # so that something is lost
-        time.sleep(rng.random())
-        job.kill()
-        job.communicate()
-    train(out, *options, processes=processes)
-
-
-def killed_is_uninterrupted(world, out, run, processes, kills, **more):
+def killed_is_uninterrupted(world, out, several, kills, **more):
+    """kill -9 of all processes, or of the first alone, whose death ends the others, at random moments."""
     options = {"steps": 12, "save_minutes": EACH_STEP, "batch": 2} | more
     options = arguments(world, **options)
-    run(out / "whole", *options)
-    kill_and_resume(out / "killed", options, processes, kills)
+    whole, killed = out / "whole", out / "killed"
+    several.train(whole, *options)
+    rng = random.Random(0)
+    for moment in range(kills):
+        wanted = len(log(killed)) + 1  # so that something is lost
+        deadline = time.time() + 300
+        if moment % 3 == 2:  # while its processes meet, or read the checkpoint
+            deadline = time.time() + rng.uniform(0, 2)
+        several.start(main, "--out", killed, *options)
+        jobs = several.jobs
+        while time.time() < deadline and len(log(killed)) < wanted:
+            time.sleep(0.01)
+        time.sleep(rng.random() / 2)
+        for job in jobs[: 2 - moment % 2]:
+            job.kill()
+        for job in jobs:
+            job.join(60)
+        assert all(job.exitcode for job in jobs) and jobs[0].exitcode == -signal.SIGKILL
+        several.stop()
+    several.train(killed, *options)
     result = "adapter" if "lora" in more else "model"
-    whole, killed = weights(out / "whole" / result), weights(out / "killed" / result)
-    assert all(torch.equal(whole[name], killed[name]) for name in whole) and whole
-    for row, other in zip(log(out / "whole"), log(out / "killed"), strict=True):
+    expected, found = weights(whole / result), weights(killed / result)
+    assert all(torch.equal(expected[name], found[name]) for name in expected) and expected
+    for row, other in zip(log(whole), log(killed), strict=True):
         assert all(row[key] == other[key] for key in ("step", "loss", "reward", "grad_norm", "kl"))
 
 
-def test_killed_is_uninterrupted(world, pair, tmp_path):
-    killed_is_uninterrupted(world, tmp_path, pair.train, processes=2, kills=1)
+def test_killed_is_uninterrupted_and_a_dead_process_ends_the_run(world, pair, tmp_path):
+    killed_is_uninterrupted(world, tmp_path, pair, kills=2, steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -317,24 +293,8 @@ def wide_world(tmp_path_factory):
 @pytest.mark.parametrize("more", [{}, {"no_audio": True}, {"lora": 4}])
 def test_killed_often_on_a_wide_model(wide_world, tmp_path, more, processes):
     killed_is_uninterrupted(
-        wide_world,
-        tmp_path,
-        partial(train, processes=processes),
-        processes,
-        kills=5,
-        group_size=8,
-        lr=1e-4,
-        **more,
+        wide_world, tmp_path, Processes(processes), kills=5, group_size=8, lr=1e-4, **more
     )
-
-
-def started(processes, out, *flags, rows=1, seconds=300):
-    """A run that has begun: so many steps are in the log."""
-    job = start(processes, out, *flags)
-    deadline = time.time() + seconds
-    while time.time() < deadline and len(log(out)) < rows and job.poll() is None:
-        time.sleep(0.01)
-    return job
 
 
 def test_a_signal_saves_a_second_start_is_refused_and_another_number_of_processes_goes_on(
@@ -344,23 +304,31 @@ def test_a_signal_saves_a_second_start_is_refused_and_another_number_of_processe
     reward = tmp_path / "reward_in_time.py"
     reward.write_text(f"""if True:
         import pathlib, time, reward
-        def exact(*asked):  # in no hurry, as long as the test is not
-            time.sleep(0.1 * pathlib.Path({str(tmp_path / "wait")!r}).exists())
+        def exact(*asked, place=pathlib.Path({str(tmp_path)!r})):
+            while (place / "wait").exists() and (place / "log.jsonl").exists():  # in the first step
+                time.sleep(0.01)
             return reward.accuracy_reward(*asked)
     """)
     options = arguments(world, hold_out=40, eval_every=2, reward=f"{reward}:exact")
     (tmp_path / "wait").touch()
     monkeypatch.setattr(files.one_writer, "__defaults__", (0.2,))  # seconds of patience
-    job = started(2, tmp_path, *options)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "train.py", "--out", tmp_path, *options]
+    job = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while not scores(tmp_path) and job.poll() is None:
+        time.sleep(0.01)
     assert train_here(tmp_path, *options) == 2
     error = capsys.readouterr().err
     assert "one run writes to a place at a time" in error and f"process {os.getpid()}" not in error
     job.terminate()  # torchrun passes it on
+    time.sleep(1)
     (tmp_path / "wait").unlink()
     output, _ = job.communicate(timeout=300)
     assert job.returncode != 0 and "is saved" in output
     (saved,) = (tmp_path / "checkpoints").glob("step-*")
-    assert int(saved.name[5:]) == len(log(tmp_path)) < STEPS
+    assert saved.name == "step-000001" and len(log(tmp_path)) == 1
     assert train_here(tmp_path, *options, "--lr", 2e-3, "--beta", 0.1) == 2
     error = capsys.readouterr().err
     assert "beta: 0.04 -> 0.1" in error and "lr: 0.001 -> 0.002" in error
@@ -368,16 +336,6 @@ def test_a_signal_saves_a_second_start_is_refused_and_another_number_of_processe
     assert train_here(tmp_path, *options) == 0 and "finished" in caplog.text
     assert train_here(tmp_path, *options, "--lr", 2e-3) == 2 and "lr: 0.001" in capsys.readouterr().err
     assert same_run(world, one, tmp_path)
-
-
-@SLOW
-def test_a_dead_process_ends_the_run(world, tmp_path):
-    job = started(2, tmp_path, *arguments(world, steps=3000))
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    assert len(children) == 2  # nothing else is started: clips are decoded by threads
-    os.kill(int(children[0]), signal.SIGKILL)
-    output, _ = job.communicate(timeout=300)
-    assert job.returncode != 0 and "exitcode" in output
 
 
 def stop_at(step, out, options):
@@ -395,34 +353,30 @@ def stop_at(step, out, options):
         assert train_here(out, *options) == 128 + signal.SIGTERM
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(world, tmp_path, caplog):
-    """A file cut short or gone, run.json too; log and samples come back with the checkpoint."""
-    options = arguments(world, steps=7, save_minutes=EACH_STEP)
-    whole = tmp_path / "whole"
-    stop_at(6, whole, options)
-    newest = sorted((whole / "checkpoints").iterdir())[-1]
-    assert newest.name == "step-000006" and fsdp.newest_checkpoint(whole) == newest
-    for i, path in enumerate(sorted(newest.iterdir())):
-        broken = tmp_path / f"broken{i}"
+def test_checkpoints_come_by_the_clock_the_last_are_kept_and_damaged_ones_are_passed_over(
+    world, tmp_path, monkeypatch, caplog
+):
+    """The first after 5 minutes, the others every 10, the last at the signal. Then a file is cut short."""
+    clock = itertools.count(0, 310)  # seconds: a little more than five minutes a call
+    fake = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+    monkeypatch.setattr(program, "time", fake)
+    options = arguments(world, steps=5, save_minutes=10)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    stop_at(4, whole, options)
+    assert [folder.name for folder in fsdp.checkpoints(whole)] == ["step-000003", "step-000004"]
+    newest = fsdp.newest_checkpoint(whole)
+    assert newest.name == "step-000004"
+    for path in newest.iterdir():  # any of them, run.json too
+        shutil.rmtree(broken, ignore_errors=True)
         shutil.copytree(whole, broken)
         damaged = broken / "checkpoints" / newest.name / path.name
         damaged.write_bytes(damaged.read_bytes()[:-1])
-        assert fsdp.newest_checkpoint(broken).name == "step-000005", path.name
-    (broken / "log.jsonl").unlink()
+        assert fsdp.newest_checkpoint(broken).name == "step-000003", path.name
+    (broken / "log.jsonl").unlink()  # it comes back with the checkpoint
     assert train_here(whole, *options) == 0 and train_here(broken, *options) == 0
-    assert "step-000006 is damaged" in caplog.text
+    assert "step-000004 is damaged" in caplog.text
     assert distance(weights(whole / "model"), weights(broken / "model")) == 0
-    assert [row["step"] for row in log(broken)] == [row["step"] for row in log(whole)] == list(range(1, 8))
-
-
-def test_checkpoints_come_by_the_clock_and_the_last_are_kept(world, tmp_path, monkeypatch):
-    """One after 6 minutes, one 6 after that, the last at the signal."""
-    clock = itertools.count(0, 130)  # seconds: a little more than two minutes a call
-    fake = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
-    monkeypatch.setattr(program, "time", fake)
-    stop_at(7, tmp_path, arguments(world, steps=8, save_minutes=6))
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step-000006", "step-000007"]
+    assert [row["step"] for row in log(broken)] == [row["step"] for row in log(whole)] == list(range(1, 6))
 
 
 def test_a_folder_or_run_of_others_is_not_written_to(world, tmp_path, capsys):
@@ -430,13 +384,6 @@ def test_a_folder_or_run_of_others_is_not_written_to(world, tmp_path, capsys):
     assert train_here(tmp_path, *arguments(world)) == 2
     assert "config.json" in capsys.readouterr().err
     assert (tmp_path / "log.jsonl").read_text() == "mine\n"
-
-
-def test_a_steps_questions_are_shared_evenly_or_not_at_all():
-    for world in (1, 2, 4, 8):
-        set_batch(parse([]), world)
-    with pytest.raises(InputError, match="--batch 8 cannot be shared by 3 processes"):
-        set_batch(parse([]), 3)
 
 
 BAD_ARGUMENTS = """
@@ -479,8 +426,8 @@ def test_what_torchrun_would_have_set_otherwise_is_one_line(world, tmp_path, cap
     assert "error: torchrun sets RANK" in capsys.readouterr().err
 
 
-def broken_world(world, folder, broken):
-    """The world's first training questions with their clips, `broken` of which have a good header and bad
+def broken_world(world, folder):
+    """The world's first training questions with their clips, a few of which have a good header and bad
     samples.
     """
     questions = read_questions(world / "train_qa.json", world / "audio")[:20]
@@ -488,11 +435,10 @@ def broken_world(world, folder, broken):
     (folder / "audio").mkdir()
     for i, question in enumerate(questions):
         samples, rate = soundfile.read(question.audio, dtype="float32")
-        if i < broken:
+        if i < 4:
             samples[len(samples) // 2] = float("nan")
         soundfile.write(folder / "audio" / f"{rows[i]['video_name']}.wav", samples, rate, subtype="FLOAT")
     (folder / "train_qa.json").write_text(json.dumps(rows))
-    return folder / "train_qa.json", folder / "audio"
 
 
 def test_a_non_finite_loss_stops_before_the_optimizer_moves(world, tmp_path, capsys):
@@ -502,16 +448,16 @@ def test_a_non_finite_loss_stops_before_the_optimizer_moves(world, tmp_path, cap
     assert error.startswith("error: step 1: loss or gradient is not finite; asked here: [")
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_intact(world, one, tmp_path, capsys):
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on_later(world, tmp_path, capsys):
     """A limit on the size of files stands for a full disk: it stops the first checkpoint, not the log."""
-    options = arguments(world, save_minutes=EACH_STEP, **HELD_OUT)
+    options = arguments(world, steps=2, save_minutes=EACH_STEP)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limit[1]))
     code = train_here(tmp_path, *options)
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and "checkpoint of step 1 cannot be written" in error and "intact" not in error
-    assert train_here(tmp_path, *options) == 0 and same_run(world, one, tmp_path)
+    assert train_here(tmp_path, *options) == 0 and len(log(tmp_path)) == 2
 
 
 # ------------------------------------------------------------------------- what would look good without being so

@@ -14,26 +14,17 @@ import plan
 from data import check_clips, load_questions
 from train import Run, parse, set_batch
 
-COLLECTIVES = {}  # name -> calls
 
-
-def counting(name: str) -> None:
-    """torch.distributed's collective, counted; FSDP2 looks it up there at every call."""
+def count(name: str, calls: dict[str, int]) -> None:
+    """torch.distributed's collective, counted from now on; FSDP2 looks it up there at every call."""
     original: Callable = getattr(dist, name)
+    calls[name] = 0
 
     def counted(*args, **kwargs):
-        COLLECTIVES[name] += 1
+        calls[name] += 1
         return original(*args, **kwargs)
 
     setattr(dist, name, counted)
-
-
-def count_collectives() -> None:
-    """From 0, however often this process has counted before."""
-    for name in ("all_gather_single", "reduce_scatter_single"):
-        if name not in COLLECTIVES:
-            counting(name)
-        COLLECTIVES[name] = 0
 
 
 def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -51,7 +42,9 @@ def main() -> None:
     run = Run(config, load_questions(config, check_clips), device)
     sizes = {"weights, fp32 shards": local_bytes(run.policy.parameters())}
     sizes["reference"] = local_bytes(run.reference.parameters())
-    count_collectives()
+    calls = {}
+    for name in ("all_gather_single", "reduce_scatter_single"):
+        count(name, calls)
     asked = next(run.batches())
     run.update = lambda rollouts: None
     _, rollouts = run.take_step(asked)
@@ -74,7 +67,8 @@ def main() -> None:
         "responses": [everything[k] for k in sorted(everything)],
         "bytes": sizes,
         "plan": plan.lasting_bytes(run.plan),
-        "collectives": dict(COLLECTIVES),
+        "passes": len(rollouts),
+        **calls,
         "groups": len(fsdp.groups(run.policy.model)) + 1,  # and the rest
     }
     if rank == 0:

@@ -1,12 +1,12 @@
 """For test_plan.py: the peak memory of a whole step at a model's real size, on tensors that have no data.
 
-    python tests/scripts/fake_step.py GPUS PROMPT_TOKENS CLIP_SECONDS [options of train.py]
+    python tests/scripts/fake_step.py GPUS PROMPT_TOKENS CLIP_SECONDS --out FILE [options of train.py]
 
 One process of a fake process group runs train.Run's own step. Weights and what is computed with them are fake
 (a shape and a device); token ids and what is computed of them alone are real, so that prompts, masks and
 responses are packed as in a run. Every answer is as long as --max_new_tokens, of which two are drawn. The bytes
 of all live storages are counted after every operation. What the run keeps in host memory is left out, what it
-copies to the GPU on the way is added: all of it is on the "cpu" here. Prints one JSON object: the plan's bytes of
+copies to the GPU on the way is added: all of it is on the "cpu" here. Writes one JSON object: the plan's bytes of
 the rollout and of what follows it, and the most that was measured there.
 """
 
@@ -231,7 +231,8 @@ def main() -> None:
     lasting = sum(run.plan.gpu.values()) - max(passing.values())
     training = lasting + max(passing["backward"], passing["end"])
     planned = {"rollout": lasting + passing["rollout"], "training": training}
-    print(json.dumps({"layout": str(run.layout), "planned": planned, "measured": measured}))
+    found = {"layout": str(run.layout), "planned": planned, "measured": measured}
+    Path(config.out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
