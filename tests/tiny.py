@@ -16,7 +16,6 @@ import json
 import random
 import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,12 +156,17 @@ def ask(rng, word, hinted, right=None):
     return right, text, choices_of(rng, right, [name for name in NAMES if name != right])
 
 
-def fact(rng, number):
-    """A text-only question in ARC's format, with 3 to 5 choices, labelled A-E or 1-5."""
+def ask_fact(rng):
+    """The same of a question that is text alone, with 3 to 5 choices."""
     right = rng.choice(NAMES)
     choices = choices_of(rng, right, elsewhere(right), rng.choice([2, 3, 3, 3, 4]))
+    return right, FACT.format(ARTICLE[CATEGORY[right]]), choices
+
+
+def fact(rng, number):
+    """Such a question in ARC's format, labelled A-E or 1-5."""
+    right, stem, choices = ask_fact(rng)
     labels = "12345" if number % 4 == 0 else "ABCDE"
-    stem = FACT.format(ARTICLE[CATEGORY[right]])
     listed = [{"text": text, "label": label} for text, label in zip(choices, labels, strict=False)]
     row = {"id": f"TINY_{number}", "question": {"stem": stem, "choices": listed}}
     return row | {"answerKey": labels[choices.index(right)]}
@@ -352,9 +356,7 @@ def pretraining_examples(lm, rng, noise, count):
     for i in range(count):
         clip = None
         if i % 4 == 0:
-            row = fact(rng, i)
-            listed = {choice["label"]: choice["text"] for choice in row["question"]["choices"]}
-            text, choices, right = row["question"]["stem"], list(listed.values()), listed[row["answerKey"]]
+            right, text, choices = ask_fact(rng)
         else:
             hinted = i % 4 == 1
             right, text, choices = ask(rng, "audio", hinted)
@@ -366,16 +368,6 @@ def pretraining_examples(lm, rng, noise, count):
         asked = Question(str(i), text, tuple(choices), right, None, {})
         examples.append((lm.encode(asked, waveform=clip), right, unclear))
     return examples
-
-
-def heard_alone(lm, examples):
-    """The same clips with nothing but their audio tokens: a quarter of the tokens to learn hearing from."""
-    alone = []
-    for prompt, right, _ in examples:
-        ids = prompt.input_ids
-        if prompt.input_features is not None:
-            alone.append((replace(prompt, input_ids=ids[ids == lm.prompts.audio_token_id]), right, 0.0))
-    return alone
 
 
 def fit(lm, examples, rng, steps, batch, peak_rate):
@@ -401,8 +393,15 @@ def train_base(folder, rng, noise, effort, rate):
     """First to hear, then to read the choices, then both, with "unclear" said too often."""
     lm = load_model(folder)
     examples = pretraining_examples(lm, rng, noise, 600)
-    texts = [(prompt, right, 0.0) for prompt, right, _ in examples if prompt.input_features is None]
-    fit(lm, heard_alone(lm, examples), rng, round(80 * effort), 16, rate)
+    alone, texts = [], []
+    for prompt, right, _ in examples:
+        if prompt.input_features is None:
+            texts.append((prompt, right, 0.0))
+        else:  # nothing but its audio tokens: a quarter of the tokens to learn hearing from
+            ids = prompt.input_ids
+            prompt = replace(prompt, input_ids=ids[ids == lm.prompts.audio_token_id])
+            alone.append((prompt, right, 0.0))
+    fit(lm, alone, rng, round(80 * effort), 16, rate)
     fit(lm, texts, rng, round(60 * effort), 16, rate)
     fit(lm, examples, rng, round(100 * effort), 16, rate)
     lm.save(folder)
@@ -427,15 +426,13 @@ def make_world(out, family="omni", seed=0, effort=1.0, sizes=None, hidden=96):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, help="folder to write, replaced if it exists")
-    parser.add_argument(
-        "--family", choices=["omni", "qwen2audio", "qwen3omni"], default="omni", help="(default: omni)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    add = parser.add_argument
+    families = ["omni", "qwen2audio", "qwen3omni"]
+    add("--out", required=True, help="folder to write, replaced if it exists")
+    add("--family", choices=families, default="omni", help="(default: omni)")
+    add("--seed", type=int, default=0, help="(default: 0)")
     args = parser.parse_args()
-    started = time.time()
     make_world(args.out, args.family, args.seed)
-    print(f"{args.out}: a tiny {args.family} world, made in {time.time() - started:.0f} s")
+    print(f"{args.out}: a tiny {args.family} world")
