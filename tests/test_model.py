@@ -90,17 +90,20 @@ def test_a_groups_scores_and_gradients_are_plain_transformers_of_its_responses_o
     prompt = lm.encode(question, use_audio)
     responses = some_responses(lm)
     weights = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
+    weights[3] = 0  # transformers refuses a response that says the placeholder
     scores = lm.score([prompt], [responses])
     assert scores.mask.sum(-1).tolist() == [len(r) for r in responses]
     ours = gradients(lm.model, weighted(scores, weights))
     assert any("audio_tower" in name for name in ours) == use_audio
     audio = published_inputs(lm, load_audio(question.audio)) if use_audio else {}
     total = 0
-    for i, (logps, entropy) in enumerate(one_by_one(plain, prompt, responses, **audio)):
+    for i, (logps, entropy) in enumerate(one_by_one(plain, prompt, responses[:3], **audio)):
         assert (scores.logps[i, : len(logps)] - logps).abs().max() <= 1e-5
         assert (scores.entropy[i] - entropy).abs() <= 1e-5
         total = total + logps @ weights[i, : len(logps)]
-    assert_equal_gradients(ours, gradients(plain, total))
+    theirs = gradients(plain, total)
+    theirs.pop("model.audio_tower.embed_positions.weight", None)  # Whisper's table, which is not trained
+    assert_equal_gradients(ours, theirs)
 
 
 def test_questions_together_are_questions_apart_with_and_without_clips_and_answers_end_at_eos(family):
@@ -278,7 +281,7 @@ def test_audio_flamingo_3_is_its_own_class_and_hears_10_minutes_in_windows_of_30
         inputs = processor(text=[published_chat(QUESTION, "<sound>")], audio=[clip])
         assert prompt.input_ids.tolist() == inputs.input_ids[0].tolist()
         audio = {key: inputs[key] for key in ("input_features", "input_features_mask")}
-        responses = some_responses(lm)
+        responses = some_responses(lm)[:3]
         with torch.no_grad():
             rows = lm.score([prompt], [responses]).logps
             for row, (logps, _) in zip(rows, one_by_one(theirs, prompt, responses, **audio), strict=True):
