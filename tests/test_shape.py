@@ -85,6 +85,8 @@ def test_no_import_runs_upward():
             if name in order:
                 assert order.index(name) < order.index(file.stem), f"{file.name} imports {name}"
             assert name.split(".")[0] != "pyarrow" or file.name == "fetch.py", file.name
+            # what forks, or goes through the shared memory of which a container has 64 MB
+            assert not re.fullmatch("(torch.)?multiprocessing|torch.utils.data.*", name), file.name
 
 
 def test_the_readmes_links_point_at_what_they_name():
