@@ -1,7 +1,6 @@
 """Laws of Qwen3-Omni, whose thinker has experts: it is transformers' own class, and the files are the hub's."""
 
 import json
-import shutil
 import time
 
 import numpy as np
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_model import one_by_one
 from test_plan import check_step, choose
 from test_train import arguments, distance, log, same_run, train_here, weights
-from test_weights import check_saved
+from test_weights import check_saved, own_layout
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration, WhisperFeatureExtractor
 
 import lora
@@ -24,11 +23,10 @@ from weights import empty_model
 
 SIZES = {"train": 24, "arc": 2, "mmau": 6, "mmar": 2}
 # Of Qwen3-Omni-30B-A3B-Instruct's config.json, where it differs from transformers' defaults.
-TEXT = {
-    "hidden_size": 2048, "intermediate_size": 768, "moe_intermediate_size": 768, "num_hidden_layers": 48,
-    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 152064,
-    "num_experts": 128, "num_experts_per_tok": 8, "rope_scaling": {"mrope_section": [24, 20, 20]},
-}  # fmt: skip
+TEXT = tiny.numbers(
+    "hidden_size 2048 intermediate_size 768 moe_intermediate_size 768 num_hidden_layers 48 num_attention_heads 32 "
+    "num_key_value_heads 4 head_dim 128 vocab_size 152064 num_experts 128 num_experts_per_tok 8"
+) | {"rope_scaling": {"mrope_section": [24, 20, 20]}}
 
 
 @pytest.fixture(scope="module")
@@ -40,22 +38,6 @@ def whole(tmp_path_factory):
     others = {"talker.model.norm.weight": torch.ones(3), "code2wav.decoder.weight": torch.ones(2, 2)}
     save_file(load_file(file) | others, file, metadata={"format": "pt"})
     return folder
-
-
-@pytest.fixture(scope="module")
-def thinker(whole, tmp_path_factory):
-    """The same in the thinker's own layout."""
-    folder = tmp_path_factory.mktemp("thinker") / "world"
-    shutil.copytree(whole, folder)
-    config = folder / "model/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text())["thinker_config"]))
-    save_file(thinkers(whole / "model"), folder / "model/model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def thinkers(folder):
-    tensors = load_file(folder / "model.safetensors")
-    return {name.removeprefix("thinker."): t for name, t in tensors.items() if name.startswith("thinker.")}
 
 
 def asked(lm, folder):
@@ -78,11 +60,13 @@ def singles(model, prompts, groups):
 
 @pytest.mark.parametrize("layout", ["whole", "thinker"])
 @torch.no_grad()
-def test_a_groups_log_probs_are_transformers_own_of_one_answer_at_a_time(layout, request):
-    folder = request.getfixturevalue(layout)
-    lm = load_model(folder / "model")
-    prompts, groups = asked(lm, folder)
-    theirs = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder / "model")
+def test_a_groups_log_probs_are_transformers_own_of_one_answer_at_a_time(layout, whole, tmp_path):
+    folder = whole / "model"
+    if layout == "thinker":
+        folder = own_layout(folder, tmp_path / "model")
+    lm = load_model(folder)
+    prompts, groups = asked(lm, whole)
+    theirs = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder)
     rows = lm.score(prompts, groups).logps
     for row, expected in zip(rows, singles(theirs, prompts, groups), strict=True):
         assert (row[: len(expected)] - expected).abs().max() <= 1e-5

@@ -55,13 +55,11 @@ def whole(world, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def thinker(whole, tmp_path_factory):
-    """The same in the thinker's own layout, with one weight in bfloat16."""
-    folder = tmp_path_factory.mktemp("thinker") / "model"
+def own_layout(whole, folder):
+    """The thinker of a whole model alone, in its own layout, with one weight in bfloat16."""
     folder.mkdir()
     small_files(whole, folder)
-    (folder / weights.INDEX).unlink()
+    (folder / weights.INDEX).unlink(missing_ok=True)
     config = json.loads((whole / CONFIG).read_text())["thinker_config"]
     (folder / CONFIG).write_text(json.dumps(config))
     stored = {}
@@ -128,7 +126,8 @@ def test_a_whole_base_gives_a_whole_model_with_its_voices(whole, tmp_path):
     assert theirs.speaker_map.keys() == {"Ethan"}
 
 
-def test_the_thinkers_own_layout_gives_the_thinkers_and_each_weight_keeps_the_bases_dtype(thinker, tmp_path):
+def test_the_thinkers_own_layout_gives_the_thinkers_and_each_weight_keeps_the_bases_dtype(whole, tmp_path):
+    thinker = own_layout(whole, tmp_path / "base")
     check_saved(thinker, tmp_path / "saved", Qwen2_5OmniThinkerForConditionalGeneration)
 
 
