@@ -281,7 +281,7 @@ def test_audio_flamingo_3_is_its_own_class_and_hears_10_minutes_in_windows_of_30
         inputs = processor(text=[published_chat(QUESTION, "<sound>")], audio=[clip])
         assert prompt.input_ids.tolist() == inputs.input_ids[0].tolist()
         audio = {key: inputs[key] for key in ("input_features", "input_features_mask")}
-        responses = some_responses(lm)[:3]
+        responses = some_responses(lm)[2:3]
         with torch.no_grad():
             rows = lm.score([prompt], [responses]).logps
             for row, (logps, _) in zip(rows, one_by_one(theirs, prompt, responses, **audio), strict=True):

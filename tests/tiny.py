@@ -274,7 +274,7 @@ def write_tokenizer(folder, family="omni"):
 
 
 def numbers(text):
-    """ "depth 1 hidden_size 32" -> {"depth": 1, "hidden_size": 32}."""
+    """Names and numbers in turn: "depth 1 hidden_size 32" -> {"depth": 1, "hidden_size": 32}."""
     words = text.split()
     return dict(zip(words[::2], map(int, words[1::2]), strict=True))
 
