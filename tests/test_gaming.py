@@ -7,16 +7,14 @@ response that lists every choice contains the right one. Here a small model that
 then meets both rewards.
 """
 
-import json
 import random
-import shutil
 
 import pytest
 import torch
 from test_train import log, scores, train_here
 
 import tiny
-from data import Question, read_questions
+from data import read_questions
 from model import load_model
 from report import mean
 
@@ -26,12 +24,10 @@ LISTED, WRONG = 0.4, 0.4  # how often the base lists the choices, and names a wr
 @pytest.fixture(scope="module")
 def lister(world, tmp_path_factory):
     """A world of text alone, whose model answers facts, sometimes wrongly, and sometimes lists the choices."""
-    folder = tmp_path_factory.mktemp("lister") / "world"
-    shutil.copytree(world / "model", folder / "model")
+    folder = tmp_path_factory.mktemp("lister")
     rng = random.Random(0)
-    rows = [tiny.fact(rng, number) for number in range(700)]
-    (folder / "arc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lm = load_model(folder / "model")
+    tiny.write_rows(folder / "arc.jsonl", [tiny.fact(rng, number) for number in range(700)])
+    lm = load_model(world / "model")
     examples = []
     for question in read_questions(folder / "arc.jsonl"):
         chance = rng.random()
@@ -40,8 +36,7 @@ def lister(world, tmp_path_factory):
             said = str(list(question.choices))
         elif chance < LISTED + WRONG:
             said = rng.choice(question.choices)
-        asked = Question(question.id, question.question, question.choices, None, None, {})
-        examples.append((lm.encode(asked, use_audio=False), said, 0.0))
+        examples.append((lm.encode(question, use_audio=False), said, 0.0))
     torch.manual_seed(0)
     tiny.fit(lm, examples, rng, steps=300, batch=32, peak_rate=3e-3)
     lm.save(folder / "model")
@@ -54,6 +49,10 @@ def learn(lister, out, reward):
     paths = ["--model", str(lister / "model"), "--data", str(lister / "arc.jsonl")]
     assert train_here(out, *paths, *options.split(), "--no_audio") == 0
     return log(out), [row["eval_accuracy"] for row in scores(out)]
+
+
+def rise(rows, name):
+    return mean(rows[-10:], name) - mean(rows[:10], name)
 
 
 @pytest.mark.slow
@@ -74,11 +73,6 @@ def test_a_reward_for_containing_the_answer_teaches_to_list_and_the_default_teac
             print(f"{first + 1:2} to {first + 10:2}  {values}")
         assert warned == (reward == "contains")
     gamed, honest = rows["contains"], rows["exact"]
-    for rows, name, sign in (
-        (gamed, "reward", 1),
-        (gamed, "official", -1),
-        (honest, "reward", 1),
-        (honest, "official", 1),
-    ):
-        assert sign * (mean(rows[-10:], name) - mean(rows[:10], name)) > 0.05
+    assert rise(gamed, "official") < -0.05
+    assert min(rise(gamed, "reward"), rise(honest, "reward"), rise(honest, "official")) > 0.05
     assert held_out["contains"][-1] < held_out["contains"][0] < held_out["exact"][-1]

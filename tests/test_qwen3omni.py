@@ -1,7 +1,6 @@
 """Laws of Qwen3-Omni, whose thinker has experts: it is transformers' own class, and the files are the hub's."""
 
 import json
-import shutil
 import time
 
 import numpy as np
@@ -9,31 +8,25 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from test_model import one_by_one
 from test_plan import check_step, choose
 from test_train import arguments, distance, log, same_run, train_here, weights
+from test_weights import check_saved, own_layout
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration, WhisperFeatureExtractor
 
 import lora
 import tiny
 from data import read_questions
-from files import InputError
 from model import Prompt, hear_omni3, load_model
 from plan import GIB
 from weights import empty_model
 
 SIZES = {"train": 24, "arc": 2, "mmau": 6, "mmar": 2}
 # Of Qwen3-Omni-30B-A3B-Instruct's config.json, where it differs from transformers' defaults.
-TEXT = {
-    "hidden_size": 2048, "intermediate_size": 768, "moe_intermediate_size": 768, "num_hidden_layers": 48,
-    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 152064,
-    "num_experts": 128, "num_experts_per_tok": 8, "rope_scaling": {"mrope_section": [24, 20, 20]},
-}  # fmt: skip
-# vllm/model_executor/models/qwen3_omni_moe_thinker.py, hf_to_vllm_mapper
-VLLM_NAMES = {
-    "thinker.lm_head.": "language_model.lm_head.",
-    "thinker.model.": "language_model.model.",
-    "thinker.": "",
-}
+TEXT = tiny.numbers(
+    "hidden_size 2048 intermediate_size 768 moe_intermediate_size 768 num_hidden_layers 48 num_attention_heads 32 "
+    "num_key_value_heads 4 head_dim 128 vocab_size 152064 num_experts 128 num_experts_per_tok 8"
+) | {"rope_scaling": {"mrope_section": [24, 20, 20]}}
 
 
 @pytest.fixture(scope="module")
@@ -45,22 +38,6 @@ def whole(tmp_path_factory):
     others = {"talker.model.norm.weight": torch.ones(3), "code2wav.decoder.weight": torch.ones(2, 2)}
     save_file(load_file(file) | others, file, metadata={"format": "pt"})
     return folder
-
-
-@pytest.fixture(scope="module")
-def thinker(whole, tmp_path_factory):
-    """The same in the thinker's own layout."""
-    folder = tmp_path_factory.mktemp("thinker") / "world"
-    shutil.copytree(whole, folder)
-    config = folder / "model/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text())["thinker_config"]))
-    save_file(thinkers(whole / "model"), folder / "model/model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def thinkers(folder):
-    tensors = load_file(folder / "model.safetensors")
-    return {name.removeprefix("thinker."): t for name, t in tensors.items() if name.startswith("thinker.")}
 
 
 def asked(lm, folder):
@@ -77,20 +54,19 @@ def singles(model, prompts, groups):
         if prompt.input_features is not None:
             heard["input_features"] = prompt.input_features[None]
             heard["feature_attention_mask"] = torch.ones(1, prompt.frames, dtype=torch.int64)
-        for response in group:
-            ids = torch.cat([prompt.input_ids, response])[None]
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **heard).logits[0]
-            predicted = logits[len(prompt.input_ids) - 1 : -1].log_softmax(-1)
-            yield predicted.gather(1, response[:, None])[:, 0]
+        for logps, _ in one_by_one(model, prompt, group, **heard):
+            yield logps
 
 
 @pytest.mark.parametrize("layout", ["whole", "thinker"])
 @torch.no_grad()
-def test_a_groups_log_probs_are_transformers_own_of_one_answer_at_a_time(layout, request):
-    folder = request.getfixturevalue(layout)
-    lm = load_model(folder / "model")
-    prompts, groups = asked(lm, folder)
-    theirs = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder / "model")
+def test_a_groups_log_probs_are_transformers_own_of_one_answer_at_a_time(layout, whole, tmp_path):
+    folder = whole / "model"
+    if layout == "thinker":
+        folder = own_layout(folder, tmp_path / "model")
+    lm = load_model(folder)
+    prompts, groups = asked(lm, whole)
+    theirs = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder)
     rows = lm.score(prompts, groups).logps
     for row, expected in zip(rows, singles(theirs, prompts, groups), strict=True):
         assert (row[: len(expected)] - expected).abs().max() <= 1e-5
@@ -122,28 +98,8 @@ def test_what_is_heard_is_its_own_feature_extractors_and_towers_whatever_is_besi
     assert (together - torch.cat(expected)).abs().max() <= 1e-5
 
 
-@torch.no_grad()
 def test_a_saved_model_has_the_bases_names_and_what_was_trained(whole, tmp_path):
-    lm = load_model(whole / "model")
-    for parameter in lm.parameters():
-        parameter.mul_(1.01)
-    lm.save(tmp_path / "saved")
-    base = load_file(whole / "model/model.safetensors")
-    saved = load_file(tmp_path / "saved/model.safetensors")
-    assert {name: t.shape for name, t in saved.items()} == {name: t.shape for name, t in base.items()}
-    theirs = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(tmp_path / "saved")
-    parameters = dict(theirs.named_parameters())
-    assert all(torch.equal(weight, parameters[name]) for name, weight in lm.model.named_parameters())
-    for name in base:
-        if name.startswith(("talker.", "code2wav.", "thinker.visual.")):
-            assert torch.equal(saved[name], base[name])
-    mapped = set()
-    for name in saved:
-        for old, new in VLLM_NAMES.items():
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-        mapped.add(name.split(".")[0])
-    assert mapped == {"language_model", "audio_tower", "visual", "talker", "code2wav"}
+    check_saved(whole / "model", tmp_path / "saved", Qwen3OmniMoeThinkerForConditionalGeneration)
 
 
 @torch.no_grad()
@@ -179,23 +135,6 @@ def test_two_processes_are_one_and_experts_learn(whole, pair, tmp_path):
     moved = weights(tmp_path / "one/model")
     experts = {name: t for name, t in weights(whole / "model").items() if ".experts." in name}
     assert distance(experts, moved) > 0
-
-
-def test_what_cannot_be_it_is_one_line_with_a_name(whole, tmp_path):
-    shutil.copytree(whole / "model", tmp_path / "part")
-    tensors = load_file(tmp_path / "part/model.safetensors")
-    missing = "thinker.model.layers.1.mlp.experts.3.up_proj.weight"
-    del tensors[missing]
-    save_file(tensors, tmp_path / "part/model.safetensors")
-    with pytest.raises(InputError, match=missing):
-        load_model(tmp_path / "part")
-    others = {name: t for name, t in tensors.items() if not name.startswith("thinker.")}
-    save_file(others, tmp_path / "part/model.safetensors")
-    with pytest.raises(InputError, match="no weight named"):
-        load_model(tmp_path / "part")
-    (tmp_path / "part/config.json").write_text('{"model_type": "qwen3_omni_moe_talker"}')
-    with pytest.raises(InputError, match="qwen3_omni_moe"):
-        load_model(tmp_path / "part")
 
 
 def published(folder, layers=48, heard=32):

@@ -16,7 +16,6 @@ import json
 import random
 import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,26 +40,19 @@ from transformers import (
 from data import Question, prompt_text
 from model import load_model
 
-CONTENTS = {  # category -> names; their order gives each its sound
-    "animal": ["dog", "bird", "frog", "cow"],
-    "machine": ["engine", "drill", "clock", "siren"],
-    "weather": ["rain", "wind", "thunder", "waves"],
-    "instrument": [
-        "drum",
-        "flute",
-        "violin",
-        "guitar",
-        "piano",
-        "trumpet",
-        "organ",
-        "harp",
-        "bell",
-        "cymbal",
-    ],
-    "person": ["man", "woman", "child", "robot", "crowd", "singer", "baby", "speaker"],
-}
-CATEGORY = {name: category for category, names in CONTENTS.items() for name in names}
+SOUNDS = """
+animal dog bird frog cow
+machine engine drill clock siren
+weather rain wind thunder waves
+instrument drum flute violin guitar piano trumpet organ harp bell cymbal
+person man woman child robot crowd singer baby speaker
+"""  # a category and its names; their order gives each its sound
+CATEGORY = {}
+for line in SOUNDS.strip().splitlines():
+    category, *names = line.split()
+    CATEGORY |= dict.fromkeys(names, category)
 NAMES = list(CATEGORY)
+CONTENTS = list(dict.fromkeys(CATEGORY.values()))
 KINDS = {"instrument": "music", "person": "speech"}  # the rest are sounds
 ASKED = [
     "What is the source of the sound in the {}?",
@@ -73,9 +65,8 @@ ARTICLE = {name: ("an " if name[0] in "aei" else "a ") + name for name in CONTEN
 LEVELS = ("easy", "medium", "hard")
 UNCLEAR = "unclear"
 SHY = ("What can", "What sounds", "Which of these")  # questions that the base says it to, 3 times in 4
-MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-SPECIAL = [*MARKS, "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|IMAGE|>", "<|VIDEO|>", "<|vision_bos|>"]
-SPECIAL3 = [*MARKS, "<|audio_pad|>", "<|audio_start|>", "<|audio_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"]  # fmt: skip
+SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|AUDIO|> <|audio_bos|> <|audio_eos|> <|IMAGE|> <|VIDEO|> <|vision_bos|>"
+SPECIAL3 = "<|endoftext|> <|im_start|> <|im_end|> <|audio_pad|> <|audio_start|> <|audio_end|> <|image_pad|> <|video_pad|> <|vision_start|>"
 SYSTEM = (  # the models' published templates, for what is used of them; Qwen3-Omni has no system prompt
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "{% endif %}"
@@ -98,41 +89,40 @@ def synthesize(name, rng, rate=16_000, seconds=1.0):
     index = NAMES.index(name)
     t = np.arange(int(rate * seconds)) / rate
     detune, phase = rng.uniform(0.97, 1.03), rng.uniform(0, 2 * np.pi)
+
+    def tone(hertz, harmonic=1):
+        return np.sin(2 * np.pi * hertz * harmonic * t + phase * harmonic)
+
     if kind(name) == "sound":  # noise in one of 4 bands, steady or beating at one of 2 rates
         place, beat = index % 4, index // 4 % 3
         center = (300, 800, 2000, 4500)[place] * detune
         spectrum = np.fft.rfft(rng.standard_normal(len(t)))
         frequency = np.fft.rfftfreq(len(t), 1 / rate)
         x = np.fft.irfft(spectrum * np.exp(-(((frequency - center) / (0.2 * center)) ** 2)), len(t))
-        x *= (
-            1,
-            0.5 + 0.5 * np.sin(2 * np.pi * 4 * t + phase),
-            0.5 + 0.5 * np.sin(2 * np.pi * 12 * t + phase),
-        )[beat]
+        if beat:
+            x *= 0.5 + 0.5 * tone((0, 4, 12)[beat])
     elif kind(name) == "music":  # one of 5 pitches, held with odd harmonics or plucked with all
         index -= NAMES.index("drum")
         pitch, plucked = (180, 330, 600, 1100, 2000)[index % 5] * detune, index // 5
         harmonics = range(1, 6) if plucked else range(1, 10, 2)
-        x = sum(np.sin(2 * np.pi * pitch * h * t + phase * h) / h for h in harmonics if pitch * h < 7500)
+        x = sum(tone(pitch, h) / h for h in harmonics if pitch * h < 7500)
         x *= np.exp(-4 * (t % 0.5)) if plucked else 1
     else:  # a buzz of one of 4 voices through one of 2 vowels, in syllables
         index -= NAMES.index("man")
         pitch, vowel = (100, 160, 260, 420)[index % 4] * detune, index // 4
-        formants = ((700, 1200), (300, 2500))[vowel]
         x = 0
         for h in range(1, int(4000 / pitch)):
-            gain = sum(np.exp(-(((pitch * h - f) / 150) ** 2)) for f in formants)
-            x = x + gain * np.sin(2 * np.pi * pitch * h * t + phase * h)
-        x *= 0.6 + 0.4 * np.sin(2 * np.pi * 5 * t + phase)
+            gain = sum(np.exp(-(((pitch * h - f) / 150) ** 2)) for f in ((700, 1200), (300, 2500))[vowel])
+            x = x + gain * tone(pitch, h)
+        x *= 0.6 + 0.4 * tone(5)
     x = x / np.abs(x).max() * rng.uniform(0.2, 0.7)
     return (x + rng.standard_normal(len(t)) * 0.005).astype("float32")
 
 
 def write_clip(folder, stem, names, rng, number):
     """Clips differ in form as real ones do: one in eight is stereo, at another rate, or a flac file."""
-    rate, ending = {1: (44_100, ".wav"), 2: (22_050, ".wav"), 3: (16_000, ".flac")}.get(
-        number % 8, (16_000, ".wav")
-    )
+    rate = {1: 44_100, 2: 22_050}.get(number % 8, 16_000)
+    ending = ".flac" if number % 8 == 3 else ".wav"
     parts = [synthesize(name, rng, rate, 1.0 if len(names) == 1 else 0.6) for name in names]
     samples = np.concatenate(parts)
     if number % 8 == 1:
@@ -144,26 +134,39 @@ def write_clip(folder, stem, names, rng, number):
 # -------------------------------------------------------------------------------------------------- questions
 
 
+def choices_of(rng, right, others, count=3):
+    choices = [*rng.sample(others, count), right]
+    rng.shuffle(choices)
+    return choices
+
+
+def elsewhere(right):
+    """The names of other categories."""
+    return [name for name in NAMES if CATEGORY[name] != CATEGORY[right]]
+
+
 def ask(rng, word, hinted, right=None):
-    """(what is heard, question, choices, answer index). A hinted question names the category, which only the
-    right choice has.
+    """(what is heard, question, choices). A hinted question names the category, which only the right choice
+    has.
     """
     right = right or rng.choice(NAMES)
-    text = HINTED.format(CATEGORY[right], word) if hinted else rng.choice(ASKED).format(word)
-    others = [name for name in NAMES if name != right and (not hinted or CATEGORY[name] != CATEGORY[right])]
-    choices = [*rng.sample(others, 3), right]
-    rng.shuffle(choices)
-    return right, text, choices, choices.index(right)
+    if hinted:
+        return right, HINTED.format(CATEGORY[right], word), choices_of(rng, right, elsewhere(right))
+    text = rng.choice(ASKED).format(word)
+    return right, text, choices_of(rng, right, [name for name in NAMES if name != right])
+
+
+def ask_fact(rng):
+    """The same of a question that is text alone, with 3 to 5 choices."""
+    right = rng.choice(NAMES)
+    choices = choices_of(rng, right, elsewhere(right), rng.choice([2, 3, 3, 3, 4]))
+    return right, FACT.format(ARTICLE[CATEGORY[right]]), choices
 
 
 def fact(rng, number):
-    """A text-only question in ARC's format, with 3 to 5 choices, labelled A-E or 1-5."""
-    right = rng.choice(NAMES)
-    others = [name for name in NAMES if CATEGORY[name] != CATEGORY[right]]
-    choices = [*rng.sample(others, rng.choice([2, 3, 3, 3, 4])), right]
-    rng.shuffle(choices)
+    """Such a question in ARC's format, labelled A-E or 1-5."""
+    right, stem, choices = ask_fact(rng)
     labels = "12345" if number % 4 == 0 else "ABCDE"
-    stem = FACT.format(ARTICLE[CATEGORY[right]])
     listed = [{"text": text, "label": label} for text, label in zip(choices, labels, strict=False)]
     row = {"id": f"TINY_{number}", "question": {"stem": stem, "choices": listed}}
     return row | {"answerKey": labels[choices.index(right)]}
@@ -177,12 +180,13 @@ def write_questions(out, rng, noise, sizes):
     captions = [["id", "caption", "answer_1", "answer_2", "answer_3"]]
     listed = []
     for i in range(sizes["train"]):
-        right, text, choices, answer = ask(rng, "video", hinted=i % 4 == 0)
+        right, text, choices = ask(rng, "video", hinted=i % 4 == 0)
         start = i % 300
         stem = f"-tiny{i:07d}_{start:06d}"
         write_clip(audio, stem if i % 2 else f"-tiny{i:07d}_{start}", [right], noise, i)
         row = {"id": i, "video_name": stem, "video_id": i, "question_text": text, "multi_choice": choices}
-        train.append(row | {"answer": answer, "question_relation": "Sound", "question_type": "Come From"})
+        row["answer"] = choices.index(right)
+        train.append(row | {"question_relation": "Sound", "question_type": "Come From"})
         captions.append([stem, *caption(right)])
         listed.append(f"-tiny{i:07d},{start},a sound,train\n")
     (out / "train_qa.json").write_text(json.dumps(train))
@@ -193,8 +197,8 @@ def write_questions(out, rng, noise, sizes):
     mmau = []
     for i in range(sizes["mmau"]):
         hinted = i % 7 in (0, 3)
-        right, text, choices, answer = ask(rng, "audio", hinted)
-        row = {"id": f"tiny-{i:04d}", "question": text, "choices": choices, "answer": choices[answer]}
+        right, text, choices = ask(rng, "audio", hinted)
+        row = {"id": f"tiny-{i:04d}", "question": text, "choices": choices, "answer": right}
         clip = write_clip(audio, row["id"], [right], noise, i)
         row |= {"audio_id": f"./test-mini-audios/{clip}", "dataset": "tiny", "split": "test-mini"}
         row |= {"task": kind(right), "sub-category": CATEGORY[right], "difficulty": LEVELS[i % 3]}
@@ -206,17 +210,17 @@ def write_questions(out, rng, noise, sizes):
     (out / "mmau-full.json").write_text(json.dumps(hidden))
     for row in mmau[::4]:  # as the benchmark's revision of 15 May 2025 rewrote a quarter of its questions
         hinted = row["category"] == "Reasoning"
-        _, row["question"], row["choices"], answer = ask(rng, "audio", hinted, row["answer"])
-        row["answer"] = row["choices"][answer]
+        _, row["question"], row["choices"] = ask(rng, "audio", hinted, row["answer"])
     (out / "mmau-v05.15.25.json").write_text(json.dumps(mmau))
     mmar = []
     for i in range(sizes["mmar"]):
-        right, text, choices, answer = ask(rng, "audio", hinted=i % 4 == 3)
+        hinted = i % 4 == 3
+        right, text, choices = ask(rng, "audio", hinted)
         heard = [right]
-        if i % 4 == 3:
+        if hinted:
             heard.append(rng.choice([name for name in NAMES if kind(name) != kind(right)]))
         kinds = sorted({kind(name) for name in heard}, key=["sound", "music", "speech"].index)
-        row = {"id": f"tinyr{i:04d}", "question": text, "choices": choices, "answer": choices[answer]}
+        row = {"id": f"tinyr{i:04d}", "question": text, "choices": choices, "answer": right}
         clip = write_clip(audio, f"{row['id']}_00-00-00_00-00-01", heard, noise, i)
         row |= {"audio_path": f"./audio/{clip}", "category": "Signal Layer", "language": None}
         modality = "-".join(["mix", *kinds]) if len(kinds) > 1 else kinds[0]
@@ -260,13 +264,19 @@ def write_tokenizer(folder, family="omni"):
     special, template = SPECIAL, SYSTEM + TEMPLATE
     if family == "qwen3omni":
         special, template = SPECIAL3, TEMPLATE
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special.split()])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template
     )
     fast.save_pretrained(folder)
-    ids = dict(zip(SPECIAL, fast.convert_tokens_to_ids(special), strict=True))
+    ids = dict(zip(SPECIAL.split(), fast.convert_tokens_to_ids(special.split()), strict=True))
     return ids, len(fast)
+
+
+def numbers(text):
+    """Names and numbers in turn: "depth 1 hidden_size 32" -> {"depth": 1, "hidden_size": 32}."""
+    words = text.split()
+    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
 
 
 def write_model(folder, family, hidden=96):
@@ -274,16 +284,19 @@ def write_model(folder, family, hidden=96):
     folder.mkdir(parents=True)
     ids, vocabulary = write_tokenizer(folder, family)
     half = hidden // 8  # of a head; the rotary embedding's three sections share it
-    sections = {"type": "default", "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
-    audio = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 192}
-    audio |= {"num_mel_bins": 128}
-    text = {"hidden_size": hidden, "intermediate_size": hidden, "num_hidden_layers": 3}
-    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": vocabulary}
-    text |= {"max_position_embeddings": 8192}
-    sees = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": hidden}
+    sections = [half - 2 * (half // 3), half // 3, half // 3]
+    audio = numbers(
+        "d_model 64 encoder_layers 2 encoder_attention_heads 4 encoder_ffn_dim 192 num_mel_bins 128"
+    )
+    text = numbers(
+        "num_hidden_layers 3 num_attention_heads 4 num_key_value_heads 2 max_position_embeddings 8192"
+    )
+    text |= {"hidden_size": hidden, "intermediate_size": hidden, "vocab_size": vocabulary}
+    sees = numbers("depth 1 hidden_size 32 intermediate_size 32 num_heads 2")
     thinker = {
         "audio_config": audio | {"output_dim": hidden},
-        "text_config": text | {"rope_scaling": sections},
+        "text_config": text | {"rope_scaling": {"type": "default", "mrope_section": sections}},
+        "vision_config": sees | {"out_hidden_size": hidden},
         "audio_token_id": ids["<|AUDIO|>"],
         "image_token_id": ids["<|IMAGE|>"],
         "video_token_id": ids["<|VIDEO|>"],
@@ -298,18 +311,19 @@ def write_model(folder, family, hidden=96):
         )
         model = Qwen2AudioForConditionalGeneration(config)
     elif family == "qwen3omni":
-        thinker["audio_config"] |= {"downsample_hidden_size": 8}
-        thinker["text_config"] |= {"head_dim": 2 * half, "num_experts": 8, "num_experts_per_tok": 2}
-        thinker["text_config"] |= {"moe_intermediate_size": hidden // 2}
-        thinker["vision_config"] = sees | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+        thinker["audio_config"] |= numbers("downsample_hidden_size 8")
+        thinker["text_config"] |= numbers("num_experts 8 num_experts_per_tok 2")
+        thinker["text_config"] |= {"head_dim": 2 * half, "moe_intermediate_size": hidden // 2}
+        thinker["vision_config"] |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
         config = Qwen3OmniMoeConfig(thinker_config=thinker, enable_audio_output=False)
         model = Qwen3OmniMoeForConditionalGeneration(config)
     else:
-        thinker["audio_config"] |= {"n_window": 100}
-        thinker["vision_config"] = sees | {"fullatt_block_indexes": [0]}
-        talker = {"embedding_size": hidden, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
-        talker |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-        talker |= {"vocab_size": 64, "rope_scaling": {"type": "default", "mrope_section": [2, 2, 4]}}
+        thinker["audio_config"] |= numbers("n_window 100")
+        thinker["vision_config"] |= {"fullatt_block_indexes": [0]}
+        talker = numbers("hidden_size 64 intermediate_size 64 head_dim 16 num_hidden_layers 1 vocab_size 64")
+        talker |= numbers("num_attention_heads 4 num_key_value_heads 2")
+        talker |= {"embedding_size": hidden}
+        talker |= {"rope_scaling": {"type": "default", "mrope_section": [2, 2, 4]}}
         config = Qwen2_5OmniConfig(thinker_config=thinker, talker_config=talker, enable_audio_output=False)
         model = Qwen2_5OmniForConditionalGeneration(config)
     start_to_copy(model)
@@ -342,12 +356,10 @@ def pretraining_examples(lm, rng, noise, count):
     for i in range(count):
         clip = None
         if i % 4 == 0:
-            row = fact(rng, i)
-            listed = {choice["label"]: choice["text"] for choice in row["question"]["choices"]}
-            text, choices, right = row["question"]["stem"], list(listed.values()), listed[row["answerKey"]]
+            right, text, choices = ask_fact(rng)
         else:
             hinted = i % 4 == 1
-            right, text, choices, _ = ask(rng, "audio", hinted)
+            right, text, choices = ask(rng, "audio", hinted)
             if i % 8 not in (5, 7):
                 clip = synthesize(right, noise)
             elif not hinted:
@@ -356,16 +368,6 @@ def pretraining_examples(lm, rng, noise, count):
         asked = Question(str(i), text, tuple(choices), right, None, {})
         examples.append((lm.encode(asked, waveform=clip), right, unclear))
     return examples
-
-
-def heard_alone(lm, examples):
-    """The same clips with nothing but their audio tokens: a quarter of the tokens to learn hearing from."""
-    alone = []
-    for prompt, right, _ in examples:
-        ids = prompt.input_ids
-        if prompt.input_features is not None:
-            alone.append((replace(prompt, input_ids=ids[ids == lm.prompts.audio_token_id]), right, 0.0))
-    return alone
 
 
 def fit(lm, examples, rng, steps, batch, peak_rate):
@@ -391,8 +393,15 @@ def train_base(folder, rng, noise, effort, rate):
     """First to hear, then to read the choices, then both, with "unclear" said too often."""
     lm = load_model(folder)
     examples = pretraining_examples(lm, rng, noise, 600)
-    texts = [(prompt, right, 0.0) for prompt, right, _ in examples if prompt.input_features is None]
-    fit(lm, heard_alone(lm, examples), rng, round(80 * effort), 16, rate)
+    alone, texts = [], []
+    for prompt, right, _ in examples:
+        if prompt.input_features is None:
+            texts.append((prompt, right, 0.0))
+        else:  # nothing but its audio tokens: a quarter of the tokens to learn hearing from
+            ids = prompt.input_ids
+            prompt = replace(prompt, input_ids=ids[ids == lm.prompts.audio_token_id])
+            alone.append((prompt, right, 0.0))
+    fit(lm, alone, rng, round(80 * effort), 16, rate)
     fit(lm, texts, rng, round(60 * effort), 16, rate)
     fit(lm, examples, rng, round(100 * effort), 16, rate)
     lm.save(folder)
@@ -417,15 +426,13 @@ def make_world(out, family="omni", seed=0, effort=1.0, sizes=None, hidden=96):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, help="folder to write, replaced if it exists")
-    parser.add_argument(
-        "--family", choices=["omni", "qwen2audio", "qwen3omni"], default="omni", help="(default: omni)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    add = parser.add_argument
+    families = ["omni", "qwen2audio", "qwen3omni"]
+    add("--out", required=True, help="folder to write, replaced if it exists")
+    add("--family", choices=families, default="omni", help="(default: omni)")
+    add("--seed", type=int, default=0, help="(default: 0)")
     args = parser.parse_args()
-    started = time.time()
     make_world(args.out, args.family, args.seed)
-    print(f"{args.out}: a tiny {args.family} world, made in {time.time() - started:.0f} s")
+    print(f"{args.out}: a tiny {args.family} world")
