@@ -245,9 +245,9 @@ def test_answers_are_those_of_one_model_to_one_set_of_questions(few, tmp_path):
     refused("questions: ", out, **few)
     for damaged in ("[1, 2", "[1, 2]"):
         out.with_suffix(".meta").write_text(damaged)
-        refused("of other arguments", out, **few)
+        refused("does not say how", out, **few)
     out.with_suffix(".meta").unlink()
-    refused("of other arguments", out, **few)
+    refused("does not say how", out, **few)
 
 
 def test_one_writer(few, tmp_path, monkeypatch):
@@ -263,8 +263,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     other.write_text("[]")
     for says, named in {
         "no/such": {"model": "no/such"},
-        "other.json is of other": {"out": other},
-        "mmau.json is of other": {"out": WORLD / "mmau.json"},
+        "other.meta does not say": {"out": other},
+        "mmau.meta does not say": {"out": WORLD / "mmau.json"},
         "--batch_size": {"batch_size": 0},
         "--seed": {"seed": -1},
         "nowhere": {"adapter": "nowhere"},
