@@ -529,9 +529,7 @@ def notes(runs: dict[str, dict]) -> list[str]:
     found = []
     for model, size in sizes.items():
         if size < PAPERS_SIZE:
-            found.append(
-                f"{model}, of {size:,} parameters, and what was trained from it is no 7B model of the paper's"
-            )
+            found.append(f"{model} and what was trained from it have {size:,} parameters, the paper's 7B")
     return found
 
 
