@@ -35,7 +35,8 @@ DATA = Path(os.environ.get("OMNI_R1_DATA", HERE.parent.parent / "shared" / "data
 FORK = multiprocessing.get_context("fork")
 
 gc.freeze()  # what is imported stays, and need not be looked through again
-torch.set_num_threads(2)  # not what the machine has: a container may have less
+# So small a model is slower on two; and a process that has had several must not be forked.
+torch.set_num_threads(1)
 # In a shell's background Ctrl-C is ignored, and would be by all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -140,7 +141,7 @@ class Processes:
 
 
 def work(place, pipe):
-    torch.set_num_threads(1)
+    torch.set_num_threads(max(1, 2 // int(place["WORLD_SIZE"])))  # alone with two, which may add in any order
     os.environ.update(place)
     while True:
         os.environ["MASTER_PORT"], entry, flags = pipe.recv()
