@@ -31,8 +31,12 @@ def options_of(world, **more) -> list[str]:
     return arguments(world, batch=2, steps=3, lr=1e-4, dtype="bfloat16", save_minutes=1e-9, **more)
 
 
+LAYOUTS = [{"cpu_offload": "moments"}, {"cpu_offload": "on", "reshard": "on", "checkpointing": "on"}]
+
+
+@pytest.mark.parametrize("layouts", [[], pytest.param(LAYOUTS, marks=pytest.mark.slow)])
 def test_bf16_starts_with_a_kl_of_0_stays_near_fp32_and_resumes_bit_for_bit_in_any_layout(
-    world, tmp_path, monkeypatch
+    world, tmp_path, monkeypatch, layouts
 ):
     """The reference in host memory is the layout of the smallest cards, which no option asks for."""
     fp32, whole = tmp_path / "fp32", tmp_path / "bf16"
@@ -50,7 +54,7 @@ def test_bf16_starts_with_a_kl_of_0_stays_near_fp32_and_resumes_bit_for_bit_in_a
         return replace(chosen, layout=replace(chosen.layout, offload=offload))
 
     monkeypatch.setattr("train.choose_plan", with_reference)
-    for layout in ({"cpu_offload": "moments"}, {"cpu_offload": "on", "reshard": "on", "checkpointing": "on"}):
+    for layout in layouts:
         out = tmp_path / layout["cpu_offload"]
         options = options_of(world, **layout)
         stop_at(2, out, options)

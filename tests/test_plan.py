@@ -213,9 +213,8 @@ PARTS = {  # of the 7B with fewer layers: GPUs, options
 }
 
 
-@pytest.mark.parametrize(
-    "part", ["resharded", *(pytest.param(n, marks=pytest.mark.slow) for n in list(PARTS)[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
 def test_a_step_takes_what_the_plan_says_of_the_7b_with_fewer_layers(part, tmp_path):
     config = dimensions(OMNI_7B)
     inner = config["thinker_config"]
