@@ -220,7 +220,7 @@ class Evaluation:
                     unanswered[question.id] = self.reasons.get(question.id, "its answer was not found")
             final = [final_answer(text, self.args.prompt) for text in texts]
             row = rows[question.meta["row"]]
-            for key in OURS:
+            for key in OURS.split():
                 row.pop(key, None)  # of another run, or forged
             for key in OFFICIAL.get(form, MMAU_KEYS):
                 row[key] = final[0]
@@ -244,7 +244,11 @@ class Evaluation:
         """Write what is not written yet, and print the accuracies."""
         if not self.whole:
             self.write()
-        print(f"saved {self.out}", *summary_lines(self.out), sep="\n")
+        print(f"saved {self.out}")
+        try:
+            print(*summary_lines(self.out), sep="\n")
+        except InputError as error:  # hidden answers
+            print(error)
 
 
 def default_out(args: Namespace, bench: str) -> Path:

@@ -90,20 +90,13 @@ GROUPS = """
 task modality task_name difficulty category sub-category length_type question_type source_dataset dataset_name
 audio-contribution sub-sub-category linguistics_sub_discipline perceptual_skills reasoning_skills"""
 # The keys that evaluate.py adds to a row
-OURS = [
-    "answer_prediction",
-    "response",
-    "model_output",
-    "model_prediction",
-    "raw_output",
-    "order_predictions",
-]
+OURS = "answer_prediction response model_output model_prediction raw_output order_predictions"
 ANSWER_KEYS = ["answer_prediction", "model_prediction", "model_output"]  # the first that a row has counts
 HEARD = ["real", "silence", "none", "swap"]  # evaluate.py --audio
 CURVES = """
 step reward official hedged named_none kl entropy completion_length cut_ratio frac_reward_zero_std
 eval_accuracy eval_low eval_high"""
-ASKED = ["model", "adapter", "bench", "audio", "prompt", "orders"]  # of P.meta: which model, asked how
+ASKED = "model adapter bench audio prompt orders"  # of P.meta: which model, asked how
 PAPERS_SIZE = 7e9  # parameters
 RESAMPLED = 2000  # times, by a bootstrap
 SAMPLES = 200  # of a run on the page, evenly over its steps
@@ -193,10 +186,10 @@ def score_questions(questions: list[Question]) -> Scores:
 
 
 def summary_lines(path: Path | str) -> list[str]:
-    """A predictions file's accuracies as text."""
+    """A predictions file's accuracies as text. Raises InputError if the right answers are hidden."""
     questions = read_questions(path)
     if questions[0].answer is None:
-        return [f"{path} holds no right answers (test-full): send it to the benchmark's server"]
+        raise InputError(f"{path} holds no right answers (test-full): send it to the benchmark's server")
     lines = []
     for group, numbers in score_questions(questions).items():
         lines.append(f"{group:45} {percent(*numbers)}  n = {numbers[3]}")
@@ -346,7 +339,7 @@ def read_run(file: Path, folder: Path) -> tuple[str, dict]:
 
 
 def asked(about: dict) -> str:
-    return str([about.get(key) for key in ASKED])
+    return str([about.get(key) for key in ASKED.split()])
 
 
 def clip_link(path: str | None, folder: Path) -> str | None:
@@ -416,7 +409,7 @@ def split(paths: list[str], out: str) -> list[str]:
     for same in side_by_side([read_finished(path).questions for path in paths]):
         right = sum(map(rights, same), [])
         row = same[0].meta["source"]
-        published = {key: row[key] for key in row if key not in OURS}
+        published = {key: row[key] for key in row if key not in OURS.split()}
         parts[list(parts)[any(right) + all(right)]].append(published)
         guessed += len(same[0].choices) ** -len(right)
     Path(out).mkdir(parents=True, exist_ok=True)

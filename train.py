@@ -342,7 +342,6 @@ class Run:
                 "eval_accuracy": right / count,
                 "eval_low": low,
                 "eval_high": high,
-                "eval_questions": count,
                 "seconds_eval": time.perf_counter() - started,
             }
             log.info(f"step {self.step}: held out {right / count:.3f} ({right} of {count})")

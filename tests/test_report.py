@@ -146,6 +146,7 @@ REFUSED = """
 --compare real.json few.json | not of the same questions
 --compare real.json hidden.json | hide their answers
 --score plain.json | has no prediction
+--score hidden.json | no right answers
 nothing | no predictions
 """
 
