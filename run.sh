@@ -27,6 +27,7 @@ cd "$(dirname "$0")"
 : "${STEPS:=1000}" "${LONG:=2000}" "${KEEP_SHORTEST:=54000}" "${HOLD_OUT:=200}" "${BENCHES:=mmau-mini mmau-mini-v2 mmau-full mmau-full-v2 mmar}"
 AVQA=("$DATA/avqa/train_qa.json" "$DATA/avqa/audio") ARC=("$DATA/arc/ARC-Easy-Train.jsonl" "$DATA/arc")
 CAPTIONS=("$DATA/audiosetcaps/VGGSound_AudioSetCaps_caption.csv" "$DATA/audiosetcaps/VGGSound_Qwen-Audio_Q&A.csv")
+export PYTHONDONTWRITEBYTECODE= # or every start would compile what it imports
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}" # time to write a checkpoint
 
 # name | fills | needs, beside the benchmarks | command. The last six run by name alone: the authors did not run them.
@@ -66,7 +67,8 @@ setup() { # the virtual environment, made and filled once
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed" >&2; exit 2; }
     say "installing into .venv (once)"
     "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+    # What is imported is compiled then, once: all of it now would be a minute more.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r requirements-dev.txt
     cat requirements.txt requirements-dev.txt >.venv/ready
   fi
   PATH="$PWD/.venv/bin:$PATH"

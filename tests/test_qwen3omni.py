@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_model import one_by_one
 from test_plan import check_step, choose
-from test_train import arguments, distance, log, same_run, train_here, weights
+from test_train import arguments, distance, log, same_run, stop_at, train_here, weights
 from test_weights import check_saved, own_layout
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration, WhisperFeatureExtractor
 
@@ -123,7 +123,7 @@ def test_lora_is_on_attention_alone_and_pefts(whole, tmp_path):
 RUN = {"steps": 2, "batch": 2, "max_new_tokens": 4}
 
 
-def test_two_processes_are_one_and_experts_learn(whole, pair, tmp_path):
+def test_two_processes_are_one_resumed_is_uninterrupted_and_experts_learn(whole, pair, tmp_path):
     reward = tmp_path / "reward.py"  # which random weights can earn
     reward.write_text("def odd(response, answer, choices): return float(len(response) % 2)")
     options = RUN | {"reward": f"{reward}:odd"}
@@ -132,7 +132,10 @@ def test_two_processes_are_one_and_experts_learn(whole, pair, tmp_path):
     for row, other in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-5) and row["reward"] == other["reward"]
     assert same_run(whole, tmp_path / "one", tmp_path / "two")
+    stop_at(1, tmp_path / "stopped", arguments(whole, **options))
+    assert train_here(tmp_path / "stopped", *arguments(whole, **options)) == 0
     moved = weights(tmp_path / "one/model")
+    assert all(torch.equal(t, moved[name]) for name, t in weights(tmp_path / "stopped/model").items())
     experts = {name: t for name, t in weights(whole / "model").items() if ".experts." in name}
     assert distance(experts, moved) > 0
 
