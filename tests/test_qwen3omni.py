@@ -168,15 +168,15 @@ def test_the_30b_fits_one_card_with_lora_and_eight_whole(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("gpus", "options"),
+    ("gpus", "layers", "options"),
     [
-        (1, "--lora 64 --accumulation 8"),
-        (1, "--lora 64 --checkpointing on --accumulation 4"),
-        (8, "--reshard on"),
+        (1, 6, "--gpu 79.2 --lora 64 --accumulation 8"),
+        (1, 6, "--gpu 79.2 --lora 64 --checkpointing on --accumulation 4"),
+        (8, 48, "--gpu H100"),
     ],
 )
-def test_a_step_takes_what_the_plan_says_an_eighth_of_the_30b(gpus, options, tmp_path):
-    check_step(published(tmp_path, layers=6, heard=4), gpus, 10, f"--gpu 79.2 {options}")
+def test_a_step_takes_what_the_plan_says_of_the_30b_or_an_eighth_of_it(gpus, layers, options, tmp_path):
+    check_step(published(tmp_path, layers, heard=layers * 2 // 3), gpus, 10, options)
 
 
 @pytest.mark.slow
