@@ -34,7 +34,7 @@ import soundfile
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from tqdm import tqdm
 
-from data import clips_in, read_questions
+from data import MOST_BAD, clips_in, read_questions
 from files import (
     WHOLE,
     InputError,
@@ -63,7 +63,6 @@ mmar         BoJack/MMAR                  main  MMAR-meta.json,mmar-audio.tar.gz
 """  # noqa: E501
 MODEL_FILES = "*.json,*.safetensors,*.txt,*.jinja,spk_dict.pt"  # what weights.py takes
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".aiff", ".opus")
-MOST_BAD = 0.1  # share of a set that may be missing or broken
 PAUSES = [1, 10, 60, 0]  # seconds before each new try of what the network failed; after the last none is made
 
 

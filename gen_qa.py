@@ -13,7 +13,6 @@ refuses, is a line of Q.rejected.jsonl with the reason.
 
 import collections
 import csv
-import functools
 import hashlib
 import json
 import logging
@@ -23,6 +22,7 @@ import sys
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -322,7 +322,7 @@ def generate(args: Namespace, captions: dict[str, list[str]]) -> None:
     left = ledger.left(captions)
     pool = ThreadPool(args.workers)
     try:
-        asked = pool.imap_unordered(functools.partial(ask, client, ledger), left)
+        asked = pool.imap_unordered(partial(ask, client, ledger), left)
         with tqdm(
             asked, total=len(captions), initial=len(captions) - len(left), unit="clip", dynamic_ncols=True
         ) as bar:
@@ -368,8 +368,12 @@ def parse() -> Namespace:
     add = parser.add_argument
     add("--captions", required=True, nargs="+", type=Path, help="CSV or JSON tables, joined by id")
     add("--out", required=True, type=Path, help="questions in AVQA's format; may exist")
-    names = ("ID", "CAPTION", "SOUND", "SPEECH", "MUSIC")
-    add("--columns", nargs=5, metavar=names, help="the tables' columns (None: the published names)")
+    add(
+        "--columns",
+        nargs=5,
+        metavar=("ID", "CAPTION", "SOUND", "SPEECH", "MUSIC"),
+        help="the tables' columns (None: the published names)",
+    )
     parser.table(
         "what is asked of whom",
         [

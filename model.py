@@ -355,8 +355,8 @@ class AudioLM(nn.Module):
         B = len(prompts)
         G = group_size
         device = self.device
-        nothing = [self.eos[:1]]  # a response of one token: the prompts alone are read
-        prefill = pack(prompts, [nothing] * B, self.prompts.audio_token_id, device)
+        # With a response of one token the prompts alone are read.
+        prefill = pack(prompts, [[self.eos[:1]]] * B, self.prompts.audio_token_id, device)
         lengths = (prefill.columns + 1).to(device)
         rows = torch.arange(B).repeat_interleave(G)
         columns = torch.arange(G).repeat(B)
@@ -391,13 +391,16 @@ class AudioLM(nn.Module):
             dist.all_reduce(finished, dist.ReduceOp.MIN)
         return bool(finished)
 
-    def score(self, prompts: list[Prompt], groups: list[list[Tensor]]) -> Scores:
+    def score(
+        self,
+        prompts: list[Prompt],
+        groups: list[list[Tensor]],
+    ) -> Scores:
         """log pi(o_t | q, o_<t) of Eq. 3 for B groups of G responses, in one pass over B rows."""
         packed = pack(prompts, groups, self.prompts.audio_token_id, self.device)
         logits = self(packed)  # (tokens of all responses, vocabulary)
         responses = sum(groups, [])
-        longest = max(map(len, responses))
-        mask = torch.arange(longest) < lengths_of(responses).unsqueeze(1)  # (B * G, T)
+        mask = torch.arange(max(map(len, responses))) < lengths_of(responses).unsqueeze(1)  # (B * G, T)
         mask = mask.to(self.device)
         tokens = torch.cat(responses).to(self.device)
         logps = -F.cross_entropy(logits, tokens, reduction="none")
@@ -471,6 +474,7 @@ def hear_omni(
     convolved = (chunk_lengths - 1) // 2 + 1
     is_heard = torch.arange((chunks.shape[2] + 1) // 2) < convolved.unsqueeze(1)  # (chunks, longest)
     tokens = is_heard.flatten().cumsum(0) - 1  # in the padding, the one before it again
+    bias = torch.where(is_heard, 0.0, -math.inf)  # as numbers: of a bool each layer would make them anew
     tower.config._attn_implementation = "chunks"
     return tower(
         padded_feature=chunks,
@@ -481,7 +485,7 @@ def hear_omni(
         feature_lens=lengths,
         places=places,
         tokens=tokens.view(is_heard.shape).to(device),
-        mask=is_heard[:, None, None].to(device),
+        bias=bias[:, None, None].to(device),
     ).last_hidden_state
 
 
@@ -490,18 +494,18 @@ def attend_in_chunks(
     *projected: Tensor,
     places: Tensor,
     tokens: Tensor,
-    mask: Tensor,
+    bias: Tensor,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """One call for all chunks of 2 s, padded to the longest; transformers makes one for each.
 
     Three (1, heads, L, size), all chunks one after the other -> (1, L, heads, size). `tokens`, (chunks,
-    longest), are those of L that stand in each padded place, `places` (L,) the way back; `mask` leaves the
-    padding out. Gathering keeps less for the backward pass than scattering into zeros would.
+    longest), are those of L that stand in each padded place, `places` (L,) the way back; `bias` is -inf for
+    padding. Gathering keeps less for the backward pass than scattering into zeros would.
     """
     packed = torch.cat(projected).transpose(1, 2)  # (3, L, heads, size)
     padded = packed[:, tokens].transpose(2, 3)  # (3, chunks, heads, longest, size)
-    said = F.scaled_dot_product_attention(*padded, mask, scale=layer.scaling)
+    said = F.scaled_dot_product_attention(*padded, bias.to(packed.dtype), scale=layer.scaling)
     said = said.transpose(1, 2).flatten(0, 1)
     return said[None, places], None
 
@@ -514,7 +518,7 @@ def hear_omni3(
     clips: list[Prompt],
     device: torch.device,
 ) -> Tensor:
-    """Qwen3-Omni's encoder on clips side by side, in windows of 8 s: (all audio tokens, hidden)."""
+    """Qwen3-Omni's encoder on clips of 1 s or more, side by side: (all audio tokens, hidden)."""
     lengths, chunks, chunk_lengths = in_chunks(clips, tower.n_window, device)
     places = omni3.get_valid_indices(chunk_lengths, tower.n_window)
     return tower(

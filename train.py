@@ -205,8 +205,7 @@ class Run:
         self.policy = self.place(policy, layout.reshard, on_host=on_host)
         self.reference = None
         if config.lora:
-            alpha = 2 * config.lora
-            self.pairs = lora.attach(self.policy, config.lora, alpha, seed=config.seed)
+            self.pairs = lora.attach(self.policy, config.lora, 2 * config.lora, seed=config.seed)
         if config.lora and config.beta:
             self.reference = self.pairs
         elif config.beta:
@@ -361,8 +360,7 @@ class Run:
             "step": self.step,
             "bad_clips": self.bad_clips,
         }
-        tensors = self.state()
-        fsdp.save_checkpoint(self.out, self.step, tensors, about, keep=self.config.keep)
+        fsdp.save_checkpoint(self.out, self.step, self.state(), about, keep=self.config.keep)
 
     def resume(self) -> None:
         """Go on from --out's newest whole checkpoint, if any. InputError where the disk has no room."""
@@ -567,8 +565,10 @@ def explain(run: Run) -> None:
     totals, (rollout,) = run.take_step([one])
     for g, tokens in enumerate(rollout.responses[0]):
         print(f"answer {g + 1}  {rollout.texts[0][g]!r}")
-        print(f"          reward {rollout.rewards[0, g]:g} (Eq. 2)", end=", ")
-        print(f"advantage {rollout.advantages[0, g]:+.2f} (Eq. 1)")
+        print(
+            f"          reward {rollout.rewards[0, g]:g} (Eq. 2), "
+            f"advantage {rollout.advantages[0, g]:+.2f} (Eq. 1)"
+        )
         for token, logp in zip(tokens, rollout.old_logps[g], strict=False):  # padding behind
             text = run.policy.prompts.tokenizer.decode([token])
             print(f"          {text!r:20} log-prob {logp:8.4f}")
