@@ -85,8 +85,10 @@ def arguments(world, **more):
 
 
 def log(out):
-    """The rows of the steps; those of the held-out score are `scores`."""
-    return [row for row in rows_of(out / "log.jsonl") if "loss" in row]
+    """The rows of the steps; those of the held-out score are `scores`. A run that resumes replaces the file."""
+    with suppress(InputError):  # which was there, and is not
+        return [row for row in rows_of(out / "log.jsonl") if "loss" in row]
+    return []
 
 
 def scores(out):
