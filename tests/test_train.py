@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ import tiny
 import train as program
 from conftest import FORK, Processes
 from data import Asked, Question, read_questions
-from files import rows_of
+from files import InputError, rows_of
 from grpo import Rollout, group_advantages
 from model import draw
 from report import doubts
