@@ -408,3 +408,63 @@ def test_the_page_draws_tables_curves_samples_and_questions_and_nothing_in_them_
     assert words(page["count"]) == "9 of 250, 9 shown"  # 12, 108, 120, ..., 192
     page = drawn(path, '[["show", "value", "", "onchange"], ["more", "id", "", "onclick"]]')
     assert words(page["count"]) == "250 of 250, 200 shown" and HOSTILE in words(page["list"])
+
+
+CHROMIUM = "chromium chromium-browser google-chrome chrome chrome-headless-shell"
+LOOK = """new Promise(done => document.readyState == "complete" ? done() : addEventListener("load", done)).then(() => {
+  const wide = [...document.querySelectorAll("body *")].filter(one => !one.parentElement.closest(".scroll")
+    && one.getBoundingClientRect().right > innerWidth + 1).map(one => one.tagName + " " + one.id);
+  const tops = ["cards", "curves", "samples", "questions", "tables"].map(id =>
+    document.getElementById(id).getBoundingClientRect().top);
+  return [document.documentElement.scrollWidth, wide, tops];
+})"""
+
+
+def looked_at(page, width, height, home):
+    """What LOOK finds in a window of Chromium, which is asked through its debugging pipe: JSON that ends with a 0."""
+    browser = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM.split())), None)
+    if browser is None:
+        pytest.skip("Chromium is not installed")
+    flags = f"--headless --no-sandbox --no-zygote --single-process --disable-gpu --remote-debugging-pipe --user-data-dir={home}"
+    theirs, ours = os.pipe()
+    answers, said = os.pipe()
+    start = ["bash", "-c", f'exec "$0" "$@" 3<&{theirs} 4>&{said}', browser, *flags.split()]
+    with subprocess.Popen(start, pass_fds=(theirs, said), stderr=subprocess.DEVNULL) as process:
+        os.close(said)
+        with open(answers, "rb") as heard:
+
+            def ask(method, session=None, **params):
+                message = {"id": 1, "method": method, "params": params}
+                if session:
+                    message["sessionId"] = session
+                os.write(ours, json.dumps(message).encode() + b"\0")
+                text = b""
+                while '"id":1' not in text.decode():  # not an event
+                    text = b"".join(iter(lambda: heard.read(1), b"\0"))
+                return json.loads(text)["result"]
+
+            target = ask("Target.createTarget", url="about:blank")["targetId"]
+            session = ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+            ask("Emulation.setDeviceMetricsOverride", session, **size)
+            ask("Page.navigate", session, url=page.as_uri())
+            found = ask("Runtime.evaluate", session, expression=LOOK, returnByValue=True, awaitPromise=True)
+            process.kill()
+    return found["result"]["value"]
+
+
+@pytest.mark.slow
+def test_in_a_browser_ones_own_run_comes_first_and_a_phone_shows_all(tmp_path):
+    steps = [STEP | {"step": i, "reward": i / 100} for i in range(1, 101)]
+    samples = [json.loads(SAMPLE) | {"question": HOSTILE, "step": i} for i in range(1, 6)]
+    write_log(tmp_path / "mine", steps, samples)
+    report(tmp_path)
+    _, wide, (cards, curves, samples, questions, tables) = looked_at(
+        tmp_path / "report.html", 1280, 800, tmp_path / "b"
+    )
+    assert not wide and cards < curves < 800 and curves < samples < tables
+    write_run(tmp_path / "base-omni", mmau_rows())
+    write_run(tmp_path / "mine", mmau_rows(right=lambda i: i < 20), model="mine")
+    report(tmp_path)
+    width, wide, _ = looked_at(tmp_path / "report.html", 390, 844, tmp_path / "c")
+    assert width == 390 and not wide
