@@ -44,6 +44,7 @@ from files import (
     parse_json,
     read_text,
     rows_of,
+    run_program,
     write_text,
 )
 
@@ -366,7 +367,7 @@ def fetch_all(options: Namespace) -> None:
         raise InputError(f"not fetched: {', '.join(failed)}; the same command goes on")
 
 
-def main() -> None:
+def program() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("sets", nargs="*", type=source_of, help="sets, or models as owner/name (none: list them)")
@@ -374,15 +375,13 @@ def main() -> None:
     add("--limit", type=WHOLE, default=0, help="the first N clips of each set, and their questions (0: all)")
     add("--plan", action="store_true", help="print what it will take, and stop")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once: threads may be downloading
-    try:
-        options = parser.parse_args()
-        print_plan(options.sets or SETS.values(), options)
-        if not options.plan:
-            fetch_all(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    options = parser.parse_args()
+    print_plan(options.sets or SETS.values(), options)
+    if not options.plan:
+        fetch_all(options)
 
+
+main = partial(run_program, program)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

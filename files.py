@@ -8,7 +8,9 @@ import argparse
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,20 +25,25 @@ class LocalError(InputError):
     """What is wrong in one process alone, which says it whatever its rank."""
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, and every option's default that says something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.nargs == 0:  # a switch
-            return action.help
-        return super()._get_help_string(action)
+def run_program(program: Callable[[], int | None]) -> int:
+    """A program from its log to its exit code; what is wrong is one line and a 2."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("omni_r1").setLevel(logging.INFO)  # ours; httpx tells every request
+    try:
+        return program() or 0
+    except (InputError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, a read-only folder
+        words = str(error) or "interrupted; what was written is kept, the same command goes on"
+        if os.environ.get("RANK", "0") == "0" or type(error) is not InputError:
+            print(f"error: {words}", file=sys.stderr, flush=True)
+        return 2
 
 
 class Parser(argparse.ArgumentParser):
     """A program's options, from tables; what is wrong with one is one line, as for all other input."""
 
     def __init__(self, text: str):
-        super().__init__(description=text, formatter_class=Help, allow_abbrev=False)
+        shape = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=text, formatter_class=shape, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see --help)")
@@ -46,6 +53,8 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument_group(title).add_argument
         for name, kind, default, text in rows:
             more = {"type": kind}
+            if kind is not bool and default is not None:
+                text += " (default: %(default)s)"
             if kind is bool:
                 more = {"action": "store_true"}
             elif isinstance(kind, list):

@@ -21,7 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from files import InputError, LocalError, first_line, one_writer, parse_json, read_text, write_text
+from files import (
+    InputError,
+    LocalError,
+    first_line,
+    one_writer,
+    parse_json,
+    read_text,
+    run_program,
+    write_text,
+)
 
 if "RANK" in os.environ:  # torchrun's: Linux kills this process when torchrun dies, which leaves no writer
     with suppress(OSError, AttributeError):  # elsewhere the lock on --out alone must do
@@ -158,16 +167,8 @@ def hold(out: Path) -> IO | None:
 
 
 def run(program: Callable[[], int | None]) -> None:
-    """A program of several processes from its log to its exit code; what is wrong is one line and a 2."""
-    logging.basicConfig(format="%(message)s")
-    log.setLevel(logging.INFO)  # ours; httpx tells every request
-    code = 2
-    try:
-        code = program() or 0
-    except (InputError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, a read-only folder
-        words = str(error) or "interrupted; what was written is kept, the same command goes on"
-        if os.environ.get("RANK", "0") == "0" or type(error) is not InputError:
-            print(f"error: {words}", file=sys.stderr, flush=True)
+    """`run_program` for one of several processes."""
+    code = run_program(program)
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
@@ -444,8 +445,7 @@ def newest_checkpoint(out: Path) -> Path | None:
             written = parse_json(read_text(folder / "run.json"))["files"]
             if written.items() <= sizes(folder).items():
                 return folder
-        if os.environ.get("RANK", "0") == "0":
-            log.warning("%s is damaged: the one before is taken, if any", folder)
+        log.info("%s is damaged: the one before is taken, if any", folder)
     return None
 
 

@@ -15,7 +15,6 @@ import collections
 import csv
 import hashlib
 import json
-import logging
 import random
 import re
 import sys
@@ -41,6 +40,7 @@ from files import (
     parse_json,
     read_text,
     rows_of,
+    run_program,
     write_text,
 )
 
@@ -393,28 +393,22 @@ def parse() -> Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    logging.basicConfig(format="%(message)s")
-    try:
-        args = parse()
-        captions = read_captions(args)
-        if args.sample:
-            print_samples(args, captions)
-        elif args.dry_run:
-            Ledger(args).left(captions)
-            print(f"\n{prompt_for(next(iter(captions.values())))}")
-        else:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            lock = one_writer(f"{args.out}.lock")
-            with lock, logging_redirect_tqdm():
-                generate(args, captions)
-    except (InputError, OSError, ValueError) as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from there", file=sys.stderr)
-        sys.exit(2)
+def program() -> None:
+    args = parse()
+    captions = read_captions(args)
+    if args.sample:
+        print_samples(args, captions)
+    elif args.dry_run:
+        Ledger(args).left(captions)
+        print(f"\n{prompt_for(next(iter(captions.values())))}")
+    else:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        lock = one_writer(f"{args.out}.lock")
+        with lock, logging_redirect_tqdm():
+            generate(args, captions)
 
+
+main = partial(run_program, program)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

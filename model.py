@@ -1,12 +1,9 @@
 """The audio LLM: encode a prompt, sample a group of responses, score them.
 
-Qwen2.5-Omni's thinker and Qwen2-Audio (Section III-A) behind the same few methods. What differs from the
-usual way:
-
-- The prompt (250 audio tokens for 10 s) is computed once for all G responses (4 to 8 tokens each), in
-  sampling and in scoring. It is the same function as one row per response (tests/test_model.py), several
-  times cheaper.
-- Features come from the feature extractor alone, on the clip as long as it is, not padded to 30 or 300 s.
+Qwen2.5-Omni's thinker, Qwen2-Audio (Section III-A) and two more families behind the same few methods. The
+prompt (250 audio tokens for 10 s) is computed once for all G responses (4 to 8 tokens each), in sampling and
+in scoring: the same function as one row per response (tests/test_model.py), several times cheaper. Features
+come from the feature extractor alone, on the clip as long as it is, not padded to 30 or 300 s.
 
 Scoring packs a prompt and its responses into one row. Each response's positions start again at the prompt's
 end, and the mask lets it see the prompt and itself only; here with a prompt p of 3 tokens and two responses:
@@ -35,8 +32,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Categorical
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase, WhisperFeatureExtractor
+from transformers import AutoTokenizer, DynamicCache, WhisperFeatureExtractor
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
 from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as omni3
 
@@ -49,10 +47,10 @@ from weights import (
     check_weights,
     door,
     empty_model,
+    end_tokens,
     find_model,
+    load_weights,
     read_config,
-    read_small_file,
-    read_weights,
     save_model,
 )
 
@@ -63,9 +61,6 @@ LOOK_AHEAD = 2  # frames after the clip that the last embedding depends on: two 
 WINDOW = 3000  # frames of the 30 s that a Whisper encoder takes at once
 USER = "<|im_start|>user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"
-
-
-# ------------------------------------------------------------------------------------------------- prompts
 
 
 @dataclass(frozen=True, eq=False)  # eq: one is the other only if it is the same object
@@ -102,9 +97,8 @@ class PromptEncoder:
             self.before_audio = self.template(self.family.before_audio)
             self.after_audio = self.template(self.family.after_audio)
             self.tail = self.template(TAIL)
-            used = self.head + self.before_audio + self.after_audio + self.tail
+            used = self.head + self.before_audio + self.after_audio + self.tail + [self.audio_token_id]
             self.controls = set(used) & self.tokenizer.added_tokens_decoder.keys()
-            self.controls.add(self.audio_token_id)
         self.seconds = self.extractor.chunk_length * self.family.windows  # the published processor's maximum
 
     def encode(
@@ -113,12 +107,11 @@ class PromptEncoder:
         use_audio: bool = True,
         waveform: np.ndarray | None = None,
     ) -> Prompt:
-        """The prompt of Section III-A in the family's chat template, audio first.
+        """The prompt of Section III-A in the family's chat template, audio first. InputError for a bad clip.
 
         use_audio=False drops the audio tokens, markers included (Section IV-E). `waveform` (float32, 16 kHz)
-        is heard in place of the question's clip, which is cut, with a warning, where the published processor
-        stops (300, 30, 600 s). Raises InputError if the clip cannot be read. The question's text is tokenized
-        apart, as text: "<|im_end|>" in a question ends nothing, "<|AUDIO|>" is no audio.
+        is heard in place of the clip, which is cut where the published processor stops (300, 30, 600 s). The
+        text is tokenized apart, as text: "<|im_end|>" in a question ends nothing, "<|AUDIO|>" is no audio.
         """
         heard = []
         features = None
@@ -142,9 +135,8 @@ class PromptEncoder:
     def features(self, waveform: np.ndarray) -> tuple[Tensor, int]:
         """(n,) samples at 16 kHz -> ((mels, frames + look-ahead), frames), as the published processor's.
 
-        It pads every clip to 30 or 300 s first, and takes a longer one apart (Audio Flamingo 3). Some zeros
-        after the clip are enough: no frame of the clip looks further, and what the features are scaled by,
-        the maximum of each window, is in the clip.
+        It pads every clip to 30 or 300 s, and takes a longer one apart (Audio Flamingo 3). Some zeros are
+        enough: no frame looks further, and what scales the features, each window's maximum, is in the clip.
         """
         longest = self.extractor.chunk_length * 16_000
         shortest = 3 * HOP  # which gives one audio embedding
@@ -155,11 +147,11 @@ class PromptEncoder:
             silence = 0
         samples = max(len(waveform), shortest)
         padding = samples + silence - len(waveform)
-        padded = F.pad(torch.as_tensor(waveform), (0, padding))
+        padded = np.pad(waveform, (0, padding))
         windows = []
         for start in range(0, samples, longest):
             batch = self.extractor(
-                padded[start : start + longest].numpy(),
+                padded[start : start + longest],
                 sampling_rate=16_000,
                 padding="longest",
                 truncation=False,
@@ -193,7 +185,7 @@ class Tokens:
 
     ids: Tensor  # (B, L) int64
     positions: Tensor  # (B, L) int64
-    mask: Tensor | None  # (B, 1, L, keys) bool, on the device: what each token sees; None for all before it
+    mask: Tensor  # (B, 1, R, keys) bool, on the device: what the last R see; those before are causal
     rows: Tensor  # (K,) int64: logits are computed after token (rows[k], columns[k])
     columns: Tensor  # (K,) int64
     clips: list[Prompt] = field(default_factory=list)  # in the order of their placeholders
@@ -212,19 +204,21 @@ def pack(
 ) -> Tokens:
     """B rows [prompt, r1, ..., rG] (the picture above); logits where each token of a response is predicted.
 
-    A response's last token predicts nothing and is left out. So with responses of one token the rows are the
-    prompts: all is causal, and no mask is needed.
+    All responses begin after the longest prompt, so that what comes before is causal (`attend_in_two`). The
+    last token of each predicts nothing and is left out: with responses of one token the rows are the prompts.
     """
+    lengths = lengths_of([prompt.input_ids for prompt in prompts])
+    longest = int(lengths.max())
     all_ids = []
     all_positions = []
-    all_segments = []
+    owners = []  # whose each token is: i of response i
     rows = []
     columns = []
     for b, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
         n = len(prompt.input_ids)
-        ids = [prompt.input_ids]
-        positions = [torch.arange(n)]
-        end = n
+        ids = [F.pad(prompt.input_ids, (0, longest - n))]
+        positions = [torch.arange(longest)]
+        end = longest
         for response in group:
             start = end
             end += len(response) - 1
@@ -234,44 +228,53 @@ def pack(
             columns += [n - 1, *range(start, end)]
         all_ids.append(torch.cat(ids))
         all_positions.append(torch.cat(positions))
-        segments = torch.arange(-1, len(group))  # -1: the prompt, i: response i
-        all_segments.append(segments.repeat_interleave(lengths_of(ids)))
+        owners.append(torch.arange(len(group)).repeat_interleave(lengths_of(group) - 1))
     ids = pad_sequence(all_ids, batch_first=True)
-    segments = pad_sequence(all_segments, batch_first=True, padding_value=-2)
-    mask = None
-    if segments.max() >= 0:
-        keys = segments.to(device).unsqueeze(1)
-        sees = (keys == -1) | (
-            keys == keys.mT
-        )  # the padding sees itself: a row that sees nothing would be NaN
-        mask = sees.tril().unsqueeze(1)
+    placeholders = ids == audio_token_id
+    placeholders[:, longest:] = False  # a response may say the token
+    owners = pad_sequence(owners, batch_first=True, padding_value=-1).to(device)
+    own = owners.unsqueeze(1) == owners.unsqueeze(2)
     return Tokens(
         ids=ids,
         positions=pad_sequence(all_positions, batch_first=True),
-        mask=mask,
+        mask=after_prompts(lengths, own.tril()),
         rows=torch.tensor(rows),
         columns=torch.tensor(columns),
         clips=[prompt for prompt in prompts if prompt.input_features is not None],
-        placeholders=(ids == audio_token_id) & (segments == -1),  # a response may say the token
+        placeholders=placeholders,
     )
 
 
-def decoding_mask(
-    lengths: Tensor,
-    group_size: int,
-    *,
-    tokens: int,
-) -> Tensor:
-    """What the newest of each of G responses sees: (B, 1, G, longest prompt + G * tokens) bool.
+def after_prompts(lengths: Tensor, own: Tensor) -> Tensor:
+    """(B, R, keys): what R tokens see of the responses' -> (B, 1, R, longest prompt + keys)."""
+    in_prompt = torch.arange(int(lengths.max())) < lengths[:, None, None]
+    in_prompt = in_prompt.to(own.device).expand(-1, own.shape[1], -1)
+    return torch.cat([in_prompt, own], dim=-1).unsqueeze(1)
 
-    The responses of a prompt grow by G tokens of one row at every step, so that the prompt's keys are stored
-    and read once, not G times: the keys are [prompt, step 1's G tokens, step 2's, ...].
+
+def attend_in_two(
+    layer: nn.Module,
+    *projected: Tensor,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The prompts' tokens causally, by the flash kernel, which takes no mask; then the responses' by theirs.
+
+    Three (B, heads, tokens, size) and the mask (B, 1, responses' tokens, keys) -> (B, tokens, heads, size).
     """
-    device = lengths.device
-    in_prompt = torch.arange(int(lengths.max()), device=device) < lengths[:, None, None, None]
-    own = torch.eye(group_size, dtype=torch.bool, device=device).repeat(1, tokens)
-    parts = [in_prompt.expand(-1, 1, group_size, -1), own.expand(len(lengths), 1, -1, -1)]
-    return torch.cat(parts, dim=-1)
+    query, *keys, mask = projected
+    attend = omni.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    longest = query.shape[2] - mask.shape[2]
+    parts = []
+    if longest:  # of as many keys
+        read, _ = attend(layer, query[:, :, :longest], *keys, None, **others)
+        parts.append(read)
+    if longest < query.shape[2]:
+        said, _ = attend(layer, query[:, :, longest:], *keys, mask, **others)
+        parts.append(said)
+    return torch.cat(parts, dim=1), None
+
+
+omni.ALL_ATTENTION_FUNCTIONS.register("in_two", attend_in_two)
 
 
 # --------------------------------------------------------------------------------------------------- model
@@ -292,17 +295,16 @@ class AudioLM(nn.Module):
     def __init__(self, model: nn.Module, prompts: PromptEncoder, folder: Path):
         super().__init__()
         self.model = model
+        model.model.language_model.config._attn_implementation = "in_two"
         self.prompts = prompts
         self.folder = folder
         self.device = torch.device("cpu")  # where it computes; sharded weights may lie elsewhere
         with door(folder / "generation_config.json"):
             self.eos = end_tokens(folder, prompts.tokenizer)
         self.encode = prompts.encode  # question -> Prompt
-        # Set from outside:
         self.gathered = contextlib.nullcontext  # fsdp.shard: keeps the weights whole while drawing
         self.lockstep = False  # fsdp.shard: a forward pass is a collective, so ranks must do equally many
-        # lora.attach: (parameter's name, whole weight) -> the weight to save
-        self.merged = lambda name, weight: weight
+        self.merged = lambda name, weight: weight  # lora.attach: a parameter's whole weight -> what is saved
         self.eval()
 
     def decode(self, tokens: Tensor) -> str:
@@ -319,7 +321,7 @@ class AudioLM(nn.Module):
             embeddings = embeddings.masked_scatter(places, heard.to(embeddings.dtype))
         hidden = network(
             inputs_embeds=embeddings,
-            attention_mask=tokens.mask,  # of four dimensions: taken as it is; None means causal
+            attention_mask=tokens.mask,  # of four dimensions: handed on as it is
             position_ids=tokens.positions.to(device),
             past_key_values=cache,
             use_cache=cache is not None,
@@ -334,8 +336,7 @@ class AudioLM(nn.Module):
             return hear_omni(network.audio_tower, clips, self.device)
         if self.prompts.family is QWEN3_OMNI:
             return hear_omni3(network.audio_tower, clips, self.device)
-        heard = hear_whisper(network.audio_tower, clips, self.device)
-        return network.multi_modal_projector(heard)
+        return network.multi_modal_projector(hear_whisper(network.audio_tower, clips, self.device))
 
     @torch.no_grad()
     def generate(
@@ -349,15 +350,17 @@ class AudioLM(nn.Module):
     ) -> list[list[Tensor]]:
         """Continue each of B prompts G times: a list (B) of lists (G) of 1-D int64 tensors, EOS kept.
 
-        Tokens are drawn from softmax(logits / temperature), each prompt's from its own generator, so that its
-        responses do not depend on its neighbours; temperature 0 takes the most likely.
+        Drawn from softmax(logits / temperature), by each prompt's own generator; 0 takes the most likely.
         """
         B = len(prompts)
         G = group_size
         device = self.device
         # With a response of one token the prompts alone are read.
         prefill = pack(prompts, [[self.eos[:1]]] * B, self.prompts.audio_token_id, device)
-        lengths = (prefill.columns + 1).to(device)
+        lengths = prefill.columns + 1
+        # The responses of a prompt grow by G tokens of one row at every step, so that the prompt's keys are
+        # stored and read once, not G times: the keys are [prompt, step 1's G tokens, step 2's, ...].
+        own = torch.eye(G, dtype=torch.bool, device=device).expand(B, G, G)
         rows = torch.arange(B).repeat_interleave(G)
         columns = torch.arange(G).repeat(B)
         eos = self.eos.to(device)
@@ -376,7 +379,7 @@ class AudioLM(nn.Module):
                 if count == max_new_tokens or self.all_done(done):
                     break
                 positions = (lengths + count - 1).unsqueeze(1).expand(B, G)
-                mask = decoding_mask(lengths, G, tokens=count)
+                mask = after_prompts(lengths, own.repeat(1, 1, count))
                 logits = self(Tokens(newest, positions, mask, rows, columns), cache)
                 logits = logits.view(B, G, -1)
         drawn = torch.stack(said, dim=-1).flatten(0, 1).cpu()  # (B * G, T)
@@ -397,20 +400,28 @@ class AudioLM(nn.Module):
         groups: list[list[Tensor]],
     ) -> Scores:
         """log pi(o_t | q, o_<t) of Eq. 3 for B groups of G responses, in one pass over B rows."""
-        packed = pack(prompts, groups, self.prompts.audio_token_id, self.device)
+        packed = pack(
+            prompts,
+            groups,
+            self.prompts.audio_token_id,
+            self.device,
+        )
         logits = self(packed)  # (tokens of all responses, vocabulary)
         responses = sum(groups, [])
         mask = torch.arange(max(map(len, responses))) < lengths_of(responses).unsqueeze(1)  # (B * G, T)
         mask = mask.to(self.device)
         tokens = torch.cat(responses).to(self.device)
         logps = -F.cross_entropy(logits, tokens, reduction="none")
-        with torch.no_grad():  # 64 rows at a time: an entropy needs three more arrays of the logits' size
-            entropies = torch.cat([entropy_of(part) for part in logits.split(64)])
+        entropies = []
+        for part in logits.detach().split(64):  # an entropy needs some more arrays of its logits' size
+            predicted = Categorical(logits=part, validate_args=False)  # to look would wait for the device
+            entropies.append(predicted.entropy())
         empty = logps.new_zeros(mask.shape)
+        entropy = empty.masked_scatter(mask, torch.cat(entropies))
         return Scores(
             logps=empty.masked_scatter(mask, logps),
             mask=mask,
-            entropy=empty.masked_scatter(mask, entropies).sum(-1) / mask.sum(-1),
+            entropy=entropy.sum(-1) / mask.sum(-1),
         )
 
     def save(self, out: Path | str, settings: dict[str, Any] | None = None) -> None:
@@ -435,12 +446,6 @@ def draw(
     return torch.stack(drawn).squeeze(-1)
 
 
-def entropy_of(logits: Tensor) -> Tensor:
-    """(K, vocabulary) -> (K,) in nats."""
-    logps = F.log_softmax(logits, -1)
-    return -(logps.exp() * logps).sum(-1)
-
-
 # ------------------------------------------------------------------------------------------------- hearing
 
 
@@ -449,10 +454,7 @@ def in_chunks(
     n_window: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each clip's frames, (chunks, mels, frames of the longest) with 2 n_window at most, and each chunk's.
-
-    Lengths stay on the CPU: where chunks begin is worked out from them, and would wait for the device.
-    """
+    """Each clip's frames; (chunks, mels, 2 n_window frames at most); each chunk's. Lengths are on the CPU."""
     heard = [clip.input_features[:, : clip.frames] for clip in clips]
     features = torch.cat(heard, dim=1).to(device)
     lengths = torch.tensor([clip.frames for clip in clips])
@@ -466,14 +468,13 @@ def hear_omni(
 ) -> Tensor:
     """Qwen2.5-Omni's encoder on clips of any length, side by side: (all audio tokens, hidden).
 
-    Where its chunks of 2 s begin is worked out on the CPU and handed over: taken from the GPU, each of its
-    layers would wait for the device three times (97 times a pass of the 7B).
+    Where its chunks of 2 s begin is told, from the CPU: else each layer would wait for the GPU three times.
     """
     lengths, chunks, chunk_lengths = in_chunks(clips, tower.n_window, device)
     places = omni.get_valid_indices(chunk_lengths).to(device)
     convolved = (chunk_lengths - 1) // 2 + 1
     is_heard = torch.arange((chunks.shape[2] + 1) // 2) < convolved.unsqueeze(1)  # (chunks, longest)
-    tokens = is_heard.flatten().cumsum(0) - 1  # in the padding, the one before it again
+    tokens = is_heard.flatten().cumsum(0).view_as(is_heard) - 1  # in the padding, the one before it again
     bias = torch.where(is_heard, 0.0, -math.inf)  # as numbers: of a bool each layer would make them anew
     tower.config._attn_implementation = "chunks"
     return tower(
@@ -484,7 +485,7 @@ def hear_omni(
         cu_seqlens=torch.tensor([0, len(places)]),  # one piece, which attend_in_chunks takes apart
         feature_lens=lengths,
         places=places,
-        tokens=tokens.view(is_heard.shape).to(device),
+        tokens=tokens.to(device),
         bias=bias[:, None, None].to(device),
     ).last_hidden_state
 
@@ -499,9 +500,9 @@ def attend_in_chunks(
 ) -> tuple[Tensor, None]:
     """One call for all chunks of 2 s, padded to the longest; transformers makes one for each.
 
-    Three (1, heads, L, size), all chunks one after the other -> (1, L, heads, size). `tokens`, (chunks,
-    longest), are those of L that stand in each padded place, `places` (L,) the way back; `bias` is -inf for
-    padding. Gathering keeps less for the backward pass than scattering into zeros would.
+    Three (1, heads, L, size), chunk after chunk -> (1, L, heads, size). `tokens` (chunks, longest) are those
+    of L in each padded place, `places` (L,) the way back; `bias` is -inf for padding. To gather keeps less
+    for the backward pass than to scatter into zeros.
     """
     packed = torch.cat(projected).transpose(1, 2)  # (3, L, heads, size)
     padded = packed[:, tokens].transpose(2, 3)  # (3, chunks, heads, longest, size)
@@ -536,8 +537,7 @@ def hear_whisper(
 ) -> Tensor:
     """A Whisper encoder on clips, their windows of 30 s side by side: (all audio tokens, encoder's size).
 
-    transformers' own wants all 3000 frames of a window and masks what lies after the clip; here only the
-    frames that an embedding depends on are computed. At 3000 frames the original pads with zeros, as the
+    transformers' own computes all 3000 frames of a window, of which it pads the end with zeros, as the
     convolutions do here. One call of each layer, whatever the clips: with shards it is a collective.
     """
     windows = []
@@ -554,9 +554,8 @@ def hear_whisper(
     x = x.to(device, tower.conv1.weight.dtype)
     x = F.gelu(tower.conv1(x))
     x = F.gelu(tower.conv2(x))
-    x = x.transpose(1, 2)
     longest = max(lengths)
-    x = x[:, :longest]
+    x = x.transpose(1, 2)[:, :longest]
     x = (x + tower.embed_positions.weight[:longest]).to(x.dtype)
     mask = None
     if min(lengths) < longest:
@@ -571,13 +570,6 @@ def hear_whisper(
 
 
 # ------------------------------------------------------------------------------------------------- loading
-
-
-def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Ids that end a response: <|im_end|> and what the checkpoint's generation config names."""
-    named = read_small_file(folder, "generation_config.json").get("eos_token_id", [])
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    return torch.as_tensor(np.append(named, end), dtype=torch.int64)  # to one id, or to a list
 
 
 def empty_lm(
@@ -596,28 +588,6 @@ def empty_lm(
     return AudioLM(model, prompts, folder)
 
 
-def load_weights(
-    lm: AudioLM,
-    storage: torch.device | str,
-    *,
-    compute: torch.device | str,
-) -> AudioLM:
-    """Give an empty model, sharded or not, its memory on `storage` and read the weights into it.
-
-    It computes on `compute`, where its tables are; the two differ where shards lie in host memory.
-    """
-    lm.device = torch.device(compute)
-    lm.to_empty(device=storage)
-    lm.model.tie_weights()  # where config.json says so: to_empty has made two parameters of one
-    for module in lm.model.modules():
-        if next(module.buffers(recurse=False), None) is not None:  # rotary and sinusoid tables are in no file
-            lm.model._init_weights(module)
-        for name, table in list(module.named_buffers(recurse=False)):
-            setattr(module, name, table.to(compute))
-    read_weights(lm)
-    return lm
-
-
 def load_model(
     path: Path | str,
     dtype: torch.dtype = torch.float32,
@@ -625,9 +595,5 @@ def load_model(
     audio: bool = True,
     prompt: str = "direct",
 ) -> AudioLM:
-    """Load a checkpoint folder or hub name (the hub's layouts, and what `save` writes), whole.
-
-    Raises InputError if the folder is missing, of another kind, or lacks a weight.
-    """
-    lm = empty_lm(path, dtype, audio, prompt)
-    return load_weights(lm, device, compute=device)
+    """A checkpoint folder or hub name (the hub's layouts, and what `save` writes), whole. Or InputError."""
+    return load_weights(empty_lm(path, dtype, audio, prompt), device, compute=device)

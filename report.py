@@ -20,13 +20,14 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 
 from data import Question, questions_hash, read_questions
-from files import InputError, Parser, first_line, parse_json, read_text, rows_of, write_text
+from files import InputError, Parser, first_line, parse_json, read_text, rows_of, run_program, write_text
 from reward import string_match
 
 log = logging.getLogger("omni_r1")
@@ -559,8 +560,7 @@ def report(folder: Path | str) -> str:
 # ---------------------------------------------------------------------------------------------------- options
 
 
-def main() -> None:
-    logging.basicConfig(format="%(message)s")
+def program() -> None:
     sys.stdout.reconfigure(errors="replace")  # a file's name need not be UTF-8
     parser = Parser(__doc__)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -570,22 +570,21 @@ def main() -> None:
     add("--need", nargs=2, metavar=("REAL", "SILENT"), help="print how much of a score needs the audio")
     add("--split", nargs="+", metavar="P", help="write the questions never, sometimes, always answered right")
     parser.add_argument("--out", default=".", help="folder of --split's three files")
-    try:
-        args = parser.parse_args()
-        if args.score:
-            lines = summary_lines(args.score)
-        elif args.compare:
-            lines = [compare(*args.compare)]
-        elif args.need:
-            lines = need(*args.need)
-        elif args.split:
-            lines = split(args.split, args.out)
-        else:
-            lines = [report(args.results)]
-        print(*lines, sep="\n")
-    except (InputError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+    args = parser.parse_args()
+    if args.score:
+        lines = summary_lines(args.score)
+    elif args.compare:
+        lines = [compare(*args.compare)]
+    elif args.need:
+        lines = need(*args.need)
+    elif args.split:
+        lines = split(args.split, args.out)
+    else:
+        lines = [report(args.results)]
+    print(*lines, sep="\n")
 
+
+main = partial(run_program, program)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -60,11 +60,11 @@ from files import (
     sha256,
     write_text,
 )
-from model import AudioLM, empty_lm, load_weights
+from model import AudioLM, empty_lm
 from plan import choose_plan, plan_line, print_plan, set_batch
 from report import WINDOW, doubts, mean, wilson
 from reward import final_answer, find_reward, string_match
-from weights import checkpoint_hash, find_model
+from weights import checkpoint_hash, find_model, load_weights
 
 log = logging.getLogger("omni_r1")
 

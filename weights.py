@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -29,6 +30,7 @@ from transformers import (
     AudioFlamingo3ForConditionalGeneration,
     AutoConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2AudioForConditionalGeneration,
     Qwen3OmniMoeThinkerForConditionalGeneration,
@@ -39,7 +41,6 @@ from files import InputError, first_line, parse_json, read_text, sha256
 
 logging.set_verbosity_error()  # the hub's own Qwen2.5-Omni config draws a page of warnings
 
-INDEX = "model.safetensors.index.json"
 # Beside the weights; nothing else of a model folder is fetched or copied. spk_dict.pt, Qwen2.5-Omni's voices,
 # is a pickle: copied, never read.
 SMALL_FILES = ("*.json", "*.txt", "*.jinja", "spk_dict.pt")
@@ -129,11 +130,11 @@ def find_model(path: Path | str, config_only: bool = False) -> Path:
 
 
 def files_in(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """A model folder's files by pattern; no pipes, and no links to nothing."""
+    """A model folder's files by pattern."""
     found = []
     for pattern in patterns:
         found += sorted(folder.glob(pattern))
-    return [path for path in found if path.is_file()]
+    return found
 
 
 @contextmanager
@@ -172,6 +173,13 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
+def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Ids that end a response: <|im_end|> and what the checkpoint's generation config names."""
+    named = read_small_file(folder, "generation_config.json").get("eos_token_id", [])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return torch.as_tensor(np.append(named, end), dtype=torch.int64)  # to one id, or to a list
+
+
 def checkpoint_hash(folder: Path) -> str:
     """Of a model's JSON files, and of its weights' names and first 256 numbers each."""
     pieces = [path.read_bytes() for path in files_in(folder, ("*.json",))]
@@ -198,11 +206,6 @@ class Weights:
                         raise InputError(f"{path} and {self.files[name]} both hold {name}: move one away")
                     self.files[name] = path
                     self.stored[name] = file.get_slice(name)
-        with door(folder / INDEX):
-            listed = read_small_file(folder, INDEX).get("weight_map", {})
-            for file in listed.values():
-                if not (folder / file).is_file():
-                    raise InputError(f"{folder} lacks {file}, which {INDEX} names: fetch it as well")
         self.prefix = ""
         if any(name.startswith(WHOLE) for name in self.files):
             self.prefix = WHOLE
@@ -295,6 +298,28 @@ def read_weights(lm: nn.Module) -> None:
     reader = dcp.HuggingFaceStorageReader(str(lm.folder))
     with door(lm.folder), warnings.catch_warnings(action="ignore"):  # it says that no processes are asked
         dcp.load(wanted, storage_reader=reader, no_dist=True)
+
+
+def load_weights(
+    lm: nn.Module,
+    storage: torch.device | str,
+    *,
+    compute: torch.device | str,
+) -> nn.Module:
+    """Give an empty model, sharded or not, its memory on `storage` and read the weights into it.
+
+    It computes on `compute`, where its tables are; the two differ where shards lie in host memory.
+    """
+    lm.device = torch.device(compute)
+    lm.to_empty(device=storage)
+    lm.model.tie_weights()  # where config.json says so: to_empty has made two parameters of one
+    for module in lm.model.modules():
+        if list(module.buffers(recurse=False)):  # rotary and sinusoid tables are in no file
+            lm.model._init_weights(module)
+        for name, table in list(module.named_buffers(recurse=False)):
+            setattr(module, name, table.to(compute))
+    read_weights(lm)
+    return lm
 
 
 # ---------------------------------------------------------------------------------------- parameters to files

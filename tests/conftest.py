@@ -88,6 +88,7 @@ def nothing_hangs(request):
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a program may have set
 
 
 def free_port():

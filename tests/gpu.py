@@ -7,7 +7,8 @@ Nothing is downloaded: the checkpoints have the dimensions of Qwen2.5-Omni-3B an
 world's tokenizer; a tiny Qwen2-Audio comes beside them. On all GPUs of this machine, of each model:
 
 1. Four layouts: the fastest, recomputed and offloaded, moments in host memory, LoRA. KL, loss and gradient norm of
-   step 1; planned and reserved memory, the least that was free; the seconds of a step and of a checkpoint.
+   step 1; planned and reserved memory, the least that was free; host memory (Pss of all processes after the first
+   step); the seconds of a step and of a checkpoint.
 2. Laws: the KL of step 1 is 0, loss and norm are alike in all layouts that train all weights, a step after its
    checkpoint was loaded is the same step bit for bit.
 3. What plan.py assumes: a token's decoding, arithmetic, copies to the host, AdamW there; the attention kernels.
@@ -104,6 +105,12 @@ def make_questions(folder: Path, count: int, seconds: float) -> None:
     (folder / "reward.py").write_text("def parity(said, answer, choices): return sum(map(ord, said)) % 2")
 
 
+def resident() -> float:
+    """Bytes of host memory of all processes, what they share counted once."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return sum(fsdp.gather_objects(1024 * int(re.search(r"Pss: *(\d+)", rollup)[1])))
+
+
 def take_step(run: Run, asked: list) -> dict:
     totals, _ = run.take_step(asked)
     row = run.row(fsdp.gather_objects({**totals, "seconds_wait": 0.0}))
@@ -129,9 +136,10 @@ def measure(folder: Path, layout: list[str], rank: int, world: int, device: torc
         torch.cuda.reset_peak_memory_stats()
     run = Run(config, loaded, device)
     batches = run.batches()
-    rows = []
+    rows = [take_step(run, next(batches))]
+    host = resident()
     free = []
-    for _ in range(STEPS):
+    for _ in range(STEPS - 1):
         rows.append(take_step(run, next(batches)))
         free.append(torch.cuda.mem_get_info()[0] if device.type == "cuda" else 0)
     found = {
@@ -139,6 +147,8 @@ def measure(folder: Path, layout: list[str], rank: int, world: int, device: torc
         "planned": sum(run.plan.gpu.values()) / GIB,
         "reserved": (torch.cuda.max_memory_reserved() if device.type == "cuda" else 0) / GIB,
         "free": min(free) / GIB,
+        "planned_host": sum(run.plan.host.values()) / GIB,
+        "host": host / GIB,
         "seconds": statistics.median(row["seconds"] for row in rows[1:]),
     }
     for name in ("kl", "loss", "grad_norm"):
@@ -215,16 +225,17 @@ def verdict(holds: bool) -> str:
 def table(name: str, found: list[dict]) -> list[str]:
     lines = [f"\n## {name}\n"]
     lines.append(
-        "| layout | planned GiB | reserved | free | KL, loss, norm of step 1 | s a step | s a checkpoint |"
+        "| layout | planned GiB | reserved | free | host: planned | used | KL, loss, norm of step 1 | s a step | s a checkpoint |"
     )
-    lines.append("|---|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for row in found:
         if "failed" in row:
-            lines.append(f"| {row['layout']} | | | | {row['failed']} | | |")
+            lines.append(f"| {row['layout']} | | | | | | {row['failed']} | | |")
             continue
         mark = " above the plan" * (row["reserved"] > row["planned"])
         lines.append(
             f"| {row['layout']} | {row['planned']:.1f} | {row['reserved']:.1f}{mark} | {row['free']:.1f} "
+            f"| {row['planned_host']:.1f} | {row['host']:.1f} "
             f"| {row['kl']:.3g}, {row['loss']:.6g}, {row['grad_norm']:.6g} | {row['seconds']:.2f} | {row['saving']:.1f} |"
         )
     done = [row for row in found if "failed" not in row]

@@ -200,12 +200,7 @@ def run(tmp_path, monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["fetch.py", "--data", str(tmp_path / "data"), *arguments])
-        code = 0
-        try:
-            fetch.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+        return fetch.main(), *capsys.readouterr()
 
     return run
 

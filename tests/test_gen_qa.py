@@ -62,11 +62,7 @@ def run(monkeypatch, capsys, tmp_path):
     def run(captions, *arguments, out="q.jsonl"):
         arguments = ["--captions", captions, "--out", tmp_path / out, *arguments]
         monkeypatch.setattr(sys, "argv", ["gen_qa.py", *map(str, arguments)])
-        code = 0
-        try:
-            gen_qa.main()
-        except SystemExit as end:
-            code = end.code
+        code = gen_qa.main()
         said = capsys.readouterr()
         assert KEY not in said.out + said.err and "SECRET" not in said.out + said.err
         return code, said.out, said.err

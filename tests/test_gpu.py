@@ -18,8 +18,9 @@ import fsdp
 from conftest import FORK
 from data import read_questions
 from files import InputError
-from model import empty_lm, load_weights
+from model import empty_lm
 from plan import choose_plan
+from weights import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 

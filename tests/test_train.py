@@ -56,7 +56,7 @@ def here(entry, *flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["program", *map(str, flags)])
         try:
-            entry()
+            code = entry() or 0
         except SystemExit as end:
             code = end.code
     for number, handler in handlers.items():

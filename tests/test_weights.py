@@ -59,7 +59,7 @@ def own_layout(whole, folder):
     """The thinker of a whole model alone, in its own layout, with one weight in bfloat16."""
     folder.mkdir()
     small_files(whole, folder)
-    (folder / weights.INDEX).unlink(missing_ok=True)
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     config = json.loads((whole / CONFIG).read_text())["thinker_config"]
     (folder / CONFIG).write_text(json.dumps(config))
     stored = {}
@@ -239,7 +239,6 @@ MALFORMED = {
     "weights: integers": (rewrite(lambda c: c.update({NORM: c[NORM].to(torch.int8)})), "is I8 .*quantized"),
     "weights: one missing": (rewrite(lambda c: c.pop(NORM)), "no weight named thinker"),
     "weights: twice": (lambda f: shutil.copy(f / "model.safetensors", f / "old.safetensors"), "both hold"),
-    "index: absent file": (write(weights.INDEX, '{"weight_map": {"a": "7.safetensors"}}'), "lacks 7.safe"),
 }
 
 
