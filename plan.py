@@ -218,8 +218,8 @@ def passing_bytes(plan: Plan) -> dict[str, float]:
     experts = getattr(text, "num_experts_per_tok", 0)
     if experts:  # each has its own copy of what it reads and says
         copies = 1 if plan.lora else 2
-        inner = experts * (4 * text.moe_intermediate_size + copies * text.hidden_size) + text.hidden_size
-    layer = tokens * (13 * text.hidden_size + inner)
+        inner = experts * (4 * text.moe_intermediate_size + copies * text.hidden_size)
+    layer = tokens * (10.5 * text.hidden_size + 3 * text.num_attention_heads * keys + inner)
     kept = layer
     again = 0.0
     if layout.checkpointing:

@@ -208,10 +208,11 @@ case ${1:-all} in
   setup) setup ;;
   test)
     setup
+    [ -d "${TMPDIR:-/tmp}/omni-r1-tiny-$(id -u)" ] || say "the tiny worlds are made first, once: a minute or two more"
     case ${2:-} in
-      slow) exec python -m pytest -q -m slow "${@:3}" ;;
+      slow) exec python -m pytest -q -n 2 --dist loadfile -m slow "${@:3}" ;;
       gpu) exec python tests/gpu.py "${@:3}" ;;
-      *) exec python -m pytest -q "${@:2}" ;;
+      *) exec python -m pytest -q -n 2 --dist loadfile "${@:2}" ;;
     esac
     ;;
   -h | --help | help) sed -n '2,/^$/p' "$0" | cut -c3- ;;

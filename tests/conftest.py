@@ -28,6 +28,7 @@ import torch
 
 import tiny
 import train
+from files import one_writer
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("OMNI_R1_DATA", HERE.parent.parent / "shared" / "data"))  # real files, not ours
@@ -47,20 +48,18 @@ def make_once(family, effort):
     for name in ("tests/tiny.py", "requirements.txt"):
         made_of.update((HERE.parent / name).read_bytes())
     world = home / f"{family}-{made_of.hexdigest()[:12]}"
-    if world.exists():
-        os.utime(world)  # in use
-    else:
+    home.mkdir(exist_ok=True)
+    with one_writer(home / f"{family}.lock", 3600):  # two test runs may start at once
+        if world.exists():
+            os.utime(world)  # in use
+            return world
         yesterday = time.time() - 86400
         for old in home.glob(f"{family}-*"):
             if old.stat().st_mtime < yesterday:
                 shutil.rmtree(old, ignore_errors=True)
-        scratch = world.with_name(f"{family}-writing-{os.getpid()}")  # two test runs may start at once
+        scratch = home / f"{family}-writing"
         tiny.make_world(scratch, family, effort=effort)
-        try:
-            scratch.rename(world)
-        except OSError:
-            shutil.rmtree(scratch)
-    return world
+        return scratch.rename(world)
 
 
 @pytest.fixture(scope="session")
