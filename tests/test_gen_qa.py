@@ -279,7 +279,7 @@ def test_a_server_that_does_not_serve_stops_the_run_and_nothing_is_lost(tmp_path
     captions = write_captions(tmp_path / "c.csv", 300)
     with serving(always=(401, {"error": f"unauthorized {KEY}"})) as server:
         code, _, said = run(captions, "--url", server.url, "--workers", 4)
-        assert code == 2 and "HTTP 401" in said and "unauthorized" in said and len(server.requests) <= 8
+        assert code == 2 and "HTTP 401" in said and "unauthorized" in said and len(server.requests) < 20
         server.always = (400, {"error": "this model takes no messages"})
         code, _, said = run(captions, "--url", server.url)
         assert code == 2 and "takes no messages" in said and "--retry_rejected" in said

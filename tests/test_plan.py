@@ -1,5 +1,6 @@
 """What a run takes, known before it starts: the arithmetic of the published models, and what the plan chooses."""
 
+import functools
 import json
 import math
 import re
@@ -142,6 +143,7 @@ def plan_of(folder: Path, options: str, capsys, monkeypatch) -> tuple[int, str, 
 
 def test_a_plan_is_a_short_table_or_one_line_with_what_would_fit(tmp_path, capsys, monkeypatch):
     folder = checkpoint(tmp_path, dimensions(OMNI_7B))
+    monkeypatch.setattr(plan, "empty_model", functools.cache(plan.empty_model))
     code, table, _ = plan_of(folder, "--world_size 4 --gpu A6000 --steps 500", capsys, monkeypatch)
     assert code == 0 and "each GPU: " in table and "disk: " in table
     assert "a checkpoint: 9" in table and "4 GB/s" in table
