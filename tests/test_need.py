@@ -1,10 +1,11 @@
 """Do you need the audio? What --split finds to need it does, and 60 steps on that alone teach to listen sooner.
 
-    python -m pytest -s -m slow tests/test_need.py        (prints the split and all runs' scores)
+    python -m pytest -s -m slow tests/test_need.py        (prints the split and each run's scores)
 
 The text gives half of these questions away: only the right choice has the category that they name. The base has
 learned those associations, and hears; but to most wordings of the others it mostly says the first choice, heard or
-not. That habit is right one time in four, where the tiny world's "unclear" never is, so GRPO takes longer over it.
+not. That habit pays one time in four, where the tiny world's "unclear" never does and is gone in a few steps,
+whatever is trained on; on never.jsonl it pays never, and no step is spent on what the text gives away.
 """
 
 import random
@@ -25,9 +26,9 @@ KINDS = ("needs audio", "given away")  # a question's, in turn
 SEEDS = (0, 1, 2)
 
 
-def write_questions(folder, name, count, rng, noise):
+def write_questions(folder, name, rng, noise):
     rows = []
-    for number in range(count):
+    for number in range(1200):
         given_away = number % 2
         right, text, choices = tiny.ask(rng, "audio", given_away)
         clip = tiny.write_clip(folder, f"{name}-{number}", [right], noise, number)
@@ -41,14 +42,14 @@ def folder(world, tmp_path_factory):
     """The questions, base/model, and never.jsonl and its like, of what that answers three times without the clips."""
     folder = tmp_path_factory.mktemp("need")
     rng, noise = random.Random(0), np.random.default_rng(0)
-    for name, count in {"lessons": 1200, "train": 1200, "bench": 1500}.items():
-        write_questions(folder, name, count, rng, noise)
+    for name in ("lessons", "train", "bench"):
+        write_questions(folder, name, rng, noise)
     lm = load_model(world / "model")
     examples = []
     for question in read_questions(folder / "lessons.jsonl", folder):
         given_away = question.question.startswith("Which")
         hears = (rng.random() < 0.75) != given_away  # and one in four the other way
-        guesses = question.question.startswith(tiny.SHY) and rng.random() < 0.7
+        guesses = question.question.startswith(tiny.SHY) and rng.random() < 0.85
         said = question.answer
         if not given_away and (guesses or not hears):
             said = question.choices[0]
@@ -103,7 +104,7 @@ def test_what_is_trained_on_what_needs_the_audio_keeps_less_of_its_score_without
     found = []
     for seed, data in product(SEEDS, ("train", "never")):
         out = folder / f"{data}, seed {seed}"
-        options = f"--steps 60 --lr 1e-4 --group_size 8 --temperature 1 --max_new_tokens 8 --seed {seed}"
+        options = f"--steps 60 --lr 3e-4 --group_size 8 --temperature 1 --max_new_tokens 8 --seed {seed}"
         paths = ["--model", folder / "base" / "model", "--data", folder / f"{data}.jsonl"]
         assert train_here(out, *paths, "--audio_dir", folder, *options.split()) == 0
         found.append(scores(folder, out.name))
@@ -111,6 +112,7 @@ def test_what_is_trained_on_what_needs_the_audio_keeps_less_of_its_score_without
     shares = np.stack(found, 1).reshape(-1, len(SEEDS), 2, 2).mean(1)
     low, high = bootstrap(shares, difference)
     print(f"\nafter never.jsonl - after all: retained {percent(difference(shares), low, high)}")
-    for gains in np.diff(shares, axis=1).T:
-        print(f"score, with the clip and then without: {percent(gains.mean(), *bootstrap(gains[0]))}")
-    assert high < 0
+    heard, unheard = np.diff(shares, axis=1).T
+    ends = bootstrap(heard[0])
+    print(f"score with the clip {percent(heard.mean(), *ends)}, without {unheard.mean():.1%}")
+    assert high < 0 < ends[0]  # a model that is worse would keep less, too
