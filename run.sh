@@ -6,7 +6,7 @@
 #   bash run.sh plan [NAME...]  what it will take: GB, hours, dollars; refuses where the disk is too small
 #   bash run.sh list          the stages and the rows of the paper's tables that each fills
 #   bash run.sh demo          one run at toy scale on a CPU, before and after, in 3 minutes; sets itself up
-#   bash run.sh demo all      every stage of the paper at toy scale, about 11 minutes
+#   bash run.sh demo all      every stage of the paper at toy scale, in about 6 minutes
 #   bash run.sh test [slow | gpu] [options]   the tests; sets itself up
 #
 # Environment: GPUS (per node, default as found), NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, DATA (data), RESULTS
