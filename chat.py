@@ -7,9 +7,9 @@ puts another in its place, and no message holds it, nor the URL's query.
 import logging
 import os
 import random
+import re
 import threading
 import time
-import urllib.parse
 from contextlib import suppress
 
 import requests
@@ -113,7 +113,9 @@ class ChatClient:
 
 def public_url(url: str) -> str:
     """Scheme, host and path, which may be written down: user names and queries hold secrets."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https"):
+    match = re.match(r"(https?://)(?:[^/?#]*@)?([^?#]*)", url)
+    if not match:
         raise InputError("--url must be a chat completions endpoint: http(s)://HOST/v1/chat/completions")
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    public = match[1] + match[2]
+    requests.Request("POST", public).prepare()  # an OSError that says what is wrong with it
+    return public

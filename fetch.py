@@ -342,7 +342,7 @@ def print_plan(sources: list[Source], options: Namespace) -> None:
             folder = options.data / source.name
             held = sum(path.stat().st_size for path in folder.rglob("*"))
             need[place] += size + float(source.gb) - held / 1e9  # a download goes once it is unpacked
-        print(f"{source.name:<28} {source.rows:>6} rows {size:8.3f} GB  {there or source.repo}", flush=True)
+        print(f"{source.name:<28} {source.rows:>6} rows {size:8.3f} GB  {there or source.repo}")
     for place, size in need.items():
         place.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(place).free / 1e9

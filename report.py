@@ -531,7 +531,7 @@ def page(data: dict) -> str:
     """report.html with `data` in the place of its sample; no text of it can end the script element."""
     before, slot, rest = read_text(TEMPLATE).partition(SLOT)
     _, end, after = rest.partition("</script>")
-    text = json.dumps(data, separators=(",", ":"))  # in ASCII, so U+2028 and half characters are escaped
+    text = json.dumps(data)  # in ASCII, so U+2028 and half characters are escaped
     return before + slot + text.replace("<", "\\u003c") + end + after
 
 

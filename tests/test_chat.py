@@ -127,3 +127,5 @@ def test_only_scheme_host_and_path_of_a_url_are_written():
     for url in ("ftp://host/v1", "", "host/v1"):
         with pytest.raises(InputError, match="http"):
             ChatClient(url, "m")
+    with pytest.raises(OSError, match="Failed to parse: (?!.*secret)"):  # a program's one line
+        ChatClient("http://me:secret@host:99999/v1", "m")
