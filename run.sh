@@ -60,17 +60,19 @@ field() { # NAME COLUMN; a name is itself, not a pattern
 paper() { sed '/^report|/q' <<<"$STAGES" | cut -d'|' -f1 | grep .; }
 say() { printf '\n== %s\n' "$*"; }
 
-setup() { # the virtual environment, made and filled once
-  if ! cmp -s .venv/ready <(cat requirements.txt requirements-dev.txt); then
-    local python=python3
-    ! command -v python3.11 >/dev/null || python=python3.11
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed" >&2; exit 2; }
-    say "installing into .venv (once)"
-    "$python" -m venv .venv
-    # What is imported is compiled then, once: all of it now would be a minute more.
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r requirements-dev.txt
-    cat requirements.txt requirements-dev.txt >.venv/ready
-  fi
+install() { # install FILE: its packages into .venv, once
+  ! cmp -s ".venv/$1" "$1" || return 0
+  local python=python3
+  ! command -v python3.11 >/dev/null || python=python3.11
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed" >&2; exit 2; }
+  say "installing $1 into .venv (once)"
+  "$python" -m venv .venv
+  # What is imported is compiled then, once: all of it now would be a minute more.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r "$1"
+  cp "$1" .venv
+}
+setup() {
+  install requirements.txt
   PATH="$PWD/.venv/bin:$PATH"
 }
 
@@ -205,9 +207,10 @@ case ${1:-all} in
   plan) PLAN=1; run fetch $(if [ $# = 1 ]; then paper | sed 1d; else echo "${@:2}"; fi) ;;
   list) (echo "stage|fills|needs"; cut -d'|' -f1-3 <<<"$STAGES" | grep .) | column -t -s '|' ;;
   demo) setup; exec bash tests/demo.sh "${@:2}" ;;
-  setup) setup ;;
+  setup) setup && install requirements-dev.txt ;;
   test)
     setup
+    install requirements-dev.txt
     [ -d "${TMPDIR:-/tmp}/omni-r1-tiny-$(id -u)" ] || say "the tiny worlds are made first, once: a minute or two more"
     case ${2:-} in
       slow) exec python -m pytest -q -n 2 --dist loadfile -m slow "${@:3}" ;;
