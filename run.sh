@@ -207,7 +207,10 @@ case ${1:-all} in
   plan) PLAN=1; run fetch $(if [ $# = 1 ]; then paper | sed 1d; else echo "${@:2}"; fi) ;;
   list) (echo "stage|fills|needs"; cut -d'|' -f1-3 <<<"$STAGES" | grep .) | column -t -s '|' ;;
   demo) setup; exec bash tests/demo.sh "${@:2}" ;;
-  setup) setup && install requirements-dev.txt ;;
+  setup)
+    setup
+    install requirements-dev.txt
+    ;;
   test)
     setup
     install requirements-dev.txt
