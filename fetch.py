@@ -371,8 +371,8 @@ def program() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("sets", nargs="*", type=source_of, help="sets, or models as owner/name (none: list them)")
-    add("--data", type=Path, default=Path("data"), help="folder of the data")
-    add("--limit", type=WHOLE, default=0, help="the first N clips of each set, and their questions (0: all)")
+    add("--data", type=Path, default=Path("data"), help="folder of the data (default: data)")
+    add("--limit", type=WHOLE, default=0, help="the first N clips of each set (default: 0, all)")
     add("--plan", action="store_true", help="print what it will take, and stop")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once: threads may be downloading
     options = parser.parse_args()

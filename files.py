@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,8 +43,11 @@ class Parser(argparse.ArgumentParser):
     """A program's options, from tables; what is wrong with one is one line, as for all other input."""
 
     def __init__(self, text: str):
-        shape = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=text, formatter_class=shape, allow_abbrev=False)
+        super().__init__(
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see --help)")
@@ -126,9 +130,9 @@ def parse_lines(text: str) -> list:
 
 def rows_of(path: Path | str) -> list[dict]:
     """The whole rows of a file that `append_rows` wrote; half a row, which a kill can leave, is none."""
-    if not Path(path).exists():
-        return []
-    return list(filter(None, parse_lines(read_text(path))))
+    with suppress(FileNotFoundError):  # asked of the reading itself: a run that resumes replaces its log
+        return list(filter(None, parse_lines(Path(path).read_text("utf-8", "replace"))))
+    return []
 
 
 def first_line(error: Exception) -> str:

@@ -166,7 +166,7 @@ def hold(out: Path) -> IO | None:
     return held
 
 
-def run(program: Callable[[], int | None]) -> None:
+def run(program: Callable) -> None:
     """`run_program` for one of several processes."""
     code = run_program(program)
     if dist.is_initialized():

@@ -97,8 +97,8 @@ class PromptEncoder:
             self.before_audio = self.template(self.family.before_audio)
             self.after_audio = self.template(self.family.after_audio)
             self.tail = self.template(TAIL)
-            used = self.head + self.before_audio + self.after_audio + self.tail + [self.audio_token_id]
-            self.controls = set(used) & self.tokenizer.added_tokens_decoder.keys()
+            used = self.head + self.before_audio + self.after_audio + self.tail
+            self.controls = set(used) & self.tokenizer.added_tokens_decoder.keys() | {self.audio_token_id}
         self.seconds = self.extractor.chunk_length * self.family.windows  # the published processor's maximum
 
     def encode(
@@ -265,7 +265,7 @@ def attend_in_two(
     attend = omni.ALL_ATTENTION_FUNCTIONS["sdpa"]
     longest = query.shape[2] - mask.shape[2]
     parts = []
-    if longest:  # of as many keys
+    if longest:  # without a mask it takes as many of the keys
         read, _ = attend(layer, query[:, :, :longest], *keys, None, **others)
         parts.append(read)
     if longest < query.shape[2]:

@@ -569,7 +569,7 @@ def program() -> None:
     add("--compare", nargs=2, metavar=("A", "B"), help="print the paired difference of two")
     add("--need", nargs=2, metavar=("REAL", "SILENT"), help="print how much of a score needs the audio")
     add("--split", nargs="+", metavar="P", help="write the questions never, sometimes, always answered right")
-    parser.add_argument("--out", default=".", help="folder of --split's three files")
+    parser.add_argument("--out", default=".", help="folder of --split's three files (default: .)")
     args = parser.parse_args()
     if args.score:
         lines = summary_lines(args.score)

@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +28,7 @@ import tiny
 import train as program
 from conftest import FORK, Processes
 from data import Asked, Question, read_questions
-from files import InputError, rows_of
+from files import rows_of
 from grpo import Rollout, group_advantages
 from model import draw
 from report import doubts
@@ -86,10 +85,8 @@ def arguments(world, **more):
 
 
 def log(out):
-    """The rows of the steps; those of the held-out score are `scores`. A run that resumes replaces the file."""
-    with suppress(InputError):  # which was there, and is not
-        return [row for row in rows_of(out / "log.jsonl") if "loss" in row]
-    return []
+    """The rows of the steps; those of the held-out score are `scores`."""
+    return [row for row in rows_of(out / "log.jsonl") if "loss" in row]
 
 
 def scores(out):
