@@ -23,7 +23,7 @@ from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import product, zip_longest
@@ -454,7 +454,6 @@ class Questions:
     files: list[list[Question]]
     encode: Callable  # (question, use_audio) -> a prompt, or InputError
     config: Namespace
-    _: KW_ONLY
     rank: int
     world: int
 

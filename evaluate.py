@@ -358,13 +358,6 @@ def in_agreement() -> Iterator:
         raise InputError(reasons[0])
 
 
-def load(args: Namespace, device: torch.device) -> AudioLM:
-    lm = load_model(args.model, getattr(torch, args.dtype), device, prompt=args.prompt)
-    if args.adapter:
-        load_adapter(lm, Path(args.adapter))
-    return lm
-
-
 def evaluate(several: list[Namespace]) -> None:
     """Answer the questions of each evaluation that are not answered yet."""
     rank, world, device = fsdp.start_processes(24 * 60)  # minutes that the fastest may wait for the slowest
@@ -386,7 +379,9 @@ def evaluate(several: list[Namespace]) -> None:
             elif mine:
                 wanted = f"{args.model} {args.adapter} {args.prompt} {args.dtype}"
                 if wanted != loaded:
-                    lm = load(args, device)
+                    lm = load_model(args.model, getattr(torch, args.dtype), device, prompt=args.prompt)
+                    if args.adapter:
+                        load_adapter(lm, Path(args.adapter))
                     loaded = wanted
                 answering = answer_locally(job, mine, lm)
             for _ in tqdm(answering, job.out.name, len(mine), disable=rank > 0):

@@ -45,6 +45,7 @@ from files import (
     read_text,
     rows_of,
     run_program,
+    write_rows,
     write_text,
 )
 
@@ -299,18 +300,6 @@ def finish(source: Source, options: Namespace, rows: list, wrong: list[str]) -> 
     if len(whole) <= (1 - MOST_BAD) * int(source.rows) * (not options.limit):
         raise InputError(f"{source.name}: {found}, where about {source.rows} are published {wrong[:1]}")
     write_text(missing.with_name("complete.json"), json.dumps({"limit": options.limit, "found": found}))
-
-
-def write_rows(path: Path, rows: list) -> None:
-    """Questions as a JSON list, or a line each."""
-    if path.suffix == ".json":
-        text = json.dumps(rows, indent=1)
-    elif path.suffix == ".jsonl":
-        text = "\n".join(map(json.dumps, rows))
-    else:
-        text = "\n".join(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text + "\n")
 
 
 def found_before(source: Source, options: Namespace) -> str:

@@ -107,6 +107,18 @@ def write_text(path: Path | str, text: str) -> None:
     scratch.replace(path)
 
 
+def write_rows(path: Path, rows: list) -> None:
+    """A JSON list or JSON lines by the name's ending (.csv: the rows are lines); makes the folder."""
+    lines = rows
+    if path.suffix != ".csv":
+        lines = map(json.dumps, rows)
+    text = "".join(f"{line}\n" for line in lines)
+    if path.suffix == ".json":
+        text = json.dumps(rows, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
 def append_rows(path: Path | str, rows: list[dict]) -> None:
     """Append JSON lines; what a kill has left of a line before them is ended first."""
     with open(path, "ab+") as file:

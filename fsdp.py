@@ -19,13 +19,12 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from files import (
     InputError,
     LocalError,
     first_line,
-    one_writer,
     parse_json,
     read_text,
     run_program,
@@ -151,19 +150,6 @@ class Stop:
 
     def __call__(self, number: int, frame: Any) -> None:
         self.signal = number
-
-
-def hold(out: Path) -> IO | None:
-    """Be the one run that writes to `out`; rank 0 has its lock for as long as what this returns is kept.
-
-    Collective. Raises InputError that names the holder.
-    """
-    held = None
-    if dist.get_rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        held = one_writer(out / ".lock")
-    dist.barrier()
-    return held
 
 
 def run(program: Callable) -> None:
@@ -430,16 +416,11 @@ def save_checkpoint(
     dist.barrier()
 
 
-def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place with what `save_checkpoint` wrote, under this number of processes.
-
-    torch unpickles the folder's `.metadata`, which can run code: a checkpoint must be one's own.
-    """
-    dcp.load(tensors, checkpoint_id=folder)
-
-
 def newest_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint whose files have the sizes that were written; the damaged ones are named."""
+    """The newest checkpoint whose files have the sizes that were written; the damaged ones are named.
+
+    To load it, torch unpickles its `.metadata`, which can run code: a checkpoint must be one's own.
+    """
     for folder in reversed(checkpoints(out)):
         with suppress(InputError, ValueError, KeyError, TypeError):
             written = parse_json(read_text(folder / "run.json"))["files"]

@@ -41,7 +41,7 @@ from files import (
     read_text,
     rows_of,
     run_program,
-    write_text,
+    write_rows,
 )
 
 PROMPT = """\
@@ -347,7 +347,7 @@ def keep_shortest(path: Path, count: int) -> None:
     rows = rows_of(path)
     rows.sort(key=lambda row: (len("".join([row["question_text"], *row["multi_choice"]])), row["id"]))
     target = path.with_suffix(".shortest.jsonl")
-    write_text(target, "".join(json.dumps(row) + "\n" for row in rows[:count]))
+    write_rows(target, rows[:count])
     print(f"{target}: the {len(rows[:count])} shortest of {len(rows)}")
 
 

@@ -2,8 +2,7 @@
 
 Qwen2.5-Omni's thinker, Qwen2-Audio (Section III-A) and two more families behind the same few methods. The
 prompt (250 audio tokens for 10 s) is computed once for all G responses (4 to 8 tokens each), in sampling and
-in scoring: the same function as one row per response (tests/test_model.py), several times cheaper. Features
-come from the feature extractor alone, on the clip as long as it is, not padded to 30 or 300 s.
+in scoring: the same function as one row per response (tests/test_model.py), several times cheaper.
 
 Scoring packs a prompt and its responses into one row. Each response's positions start again at the prompt's
 end, and the mask lets it see the prompt and itself only; here with a prompt p of 3 tokens and two responses:
@@ -99,7 +98,7 @@ class PromptEncoder:
             self.tail = self.template(TAIL)
             used = self.head + self.before_audio + self.after_audio + self.tail
             self.controls = set(used) & self.tokenizer.added_tokens_decoder.keys() | {self.audio_token_id}
-        self.seconds = self.extractor.chunk_length * self.family.windows  # the published processor's maximum
+        self.seconds = self.family.seconds
 
     def encode(
         self,
@@ -110,8 +109,7 @@ class PromptEncoder:
         """The prompt of Section III-A in the family's chat template, audio first. InputError for a bad clip.
 
         use_audio=False drops the audio tokens, markers included (Section IV-E). `waveform` (float32, 16 kHz)
-        is heard in place of the clip, which is cut where the published processor stops (300, 30, 600 s). The
-        text is tokenized apart, as text: "<|im_end|>" in a question ends nothing, "<|AUDIO|>" is no audio.
+        is heard in place of the clip, which is cut where the published processor stops.
         """
         heard = []
         features = None
@@ -139,13 +137,11 @@ class PromptEncoder:
         enough: no frame looks further, and what scales the features, each window's maximum, is in the clip.
         """
         longest = self.extractor.chunk_length * 16_000
-        shortest = 3 * HOP  # which gives one audio embedding
         silence = 5 * HOP
         if self.family is QWEN3_OMNI:  # its processor pads nothing, and takes no clip apart
             longest = self.seconds * 16_000
-            shortest = 16_000  # a chunk of its tower: padded beside others, a shorter clip would be another
             silence = 0
-        samples = max(len(waveform), shortest)
+        samples = max(len(waveform), 3 * HOP)  # which give one audio embedding
         padding = samples + silence - len(waveform)
         padded = np.pad(waveform, (0, padding))
         windows = []
@@ -355,7 +351,6 @@ class AudioLM(nn.Module):
         B = len(prompts)
         G = group_size
         device = self.device
-        # With a response of one token the prompts alone are read.
         prefill = pack(prompts, [[self.eos[:1]]] * B, self.prompts.audio_token_id, device)
         lengths = prefill.columns + 1
         # The responses of a prompt grow by G tokens of one row at every step, so that the prompt's keys are
@@ -501,12 +496,15 @@ def attend_in_chunks(
     """One call for all chunks of 2 s, padded to the longest; transformers makes one for each.
 
     Three (1, heads, L, size), chunk after chunk -> (1, L, heads, size). `tokens` (chunks, longest) are those
-    of L in each padded place, `places` (L,) the way back; `bias` is -inf for padding. To gather keeps less
-    for the backward pass than to scatter into zeros.
+    of L in each padded place, `places` (L,) the way back; `bias` is -inf for padding.
     """
     packed = torch.cat(projected).transpose(1, 2)  # (3, L, heads, size)
     padded = packed[:, tokens].transpose(2, 3)  # (3, chunks, heads, longest, size)
-    said = F.scaled_dot_product_attention(*padded, bias.to(packed.dtype), scale=layer.scaling)
+    said = F.scaled_dot_product_attention(
+        *padded,
+        bias.to(packed.dtype),
+        scale=layer.scaling,
+    )
     said = said.transpose(1, 2).flatten(0, 1)
     return said[None, places], None
 
@@ -519,11 +517,14 @@ def hear_omni3(
     clips: list[Prompt],
     device: torch.device,
 ) -> Tensor:
-    """Qwen3-Omni's encoder on clips of 1 s or more, side by side: (all audio tokens, hidden)."""
+    """Qwen3-Omni's encoder on clips side by side: (all audio tokens, hidden)."""
     lengths, chunks, chunk_lengths = in_chunks(clips, tower.n_window, device)
-    places = omni3.get_valid_indices(chunk_lengths, tower.n_window)
+    whole = 2 * tower.n_window  # to which all are padded, or a clip under 1 s would be another beside others
+    padded = F.pad(chunks, (0, whole - chunks.shape[2]))
+    with_a_whole_one = F.pad(chunk_lengths, (0, 1), value=whole)
+    places = omni3.get_valid_indices(with_a_whole_one, tower.n_window)[:-13]  # without that one's
     return tower(
-        padded_feature=chunks,
+        padded_feature=padded,
         chunk_lengths=chunk_lengths,
         valid_indices=places.to(device),
         feature_lens=lengths,

@@ -8,8 +8,7 @@
 
 A run is a folder RESULTS/NAME with log.jsonl, samples.jsonl and predictions eval/BENCH.AUDIO.json, each with
 its .meta. What the page looks like is in report.html alone, a template that opens by itself with sample
-data, which is replaced here. Every number carries an interval: the published differences are often within
-the noise of 1,000 questions.
+data, which is replaced here.
 """
 
 import json
@@ -27,7 +26,17 @@ from urllib.parse import quote
 import numpy as np
 
 from data import Question, questions_hash, read_questions
-from files import InputError, Parser, first_line, parse_json, read_text, rows_of, run_program, write_text
+from files import (
+    InputError,
+    Parser,
+    first_line,
+    parse_json,
+    read_text,
+    rows_of,
+    run_program,
+    write_rows,
+    write_text,
+)
 from reward import string_match
 
 log = logging.getLogger("omni_r1")
@@ -98,7 +107,7 @@ CURVES = """
 step reward official hedged named_none kl entropy completion_length cut_ratio frac_reward_zero_std
 eval_accuracy eval_low eval_high"""
 ASKED = "model adapter bench audio prompt orders"  # of P.meta: which model, asked how
-PAPERS_SIZE = 7e9  # parameters
+PAPERS_SIZE = 8.5e9  # parameters, the audio tower among them
 RESAMPLED = 2000  # times, by a bootstrap
 SAMPLES = 200  # of a run on the page, evenly over its steps
 WINDOW = 20  # steps of a moving average
@@ -413,9 +422,8 @@ def split(paths: list[str], out: str) -> list[str]:
         published = {key: row[key] for key in row if key not in OURS.split()}
         parts[list(parts)[any(right) + all(right)]].append(published)
         guessed += len(same[0].choices) ** -len(right)
-    Path(out).mkdir(parents=True, exist_ok=True)
     for name, rows in parts.items():
-        write_text(Path(out) / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(Path(out) / f"{name}.jsonl", rows)
     counts = [f"{len(rows)} {name}" for name, rows in parts.items()]
     return [f"right {', '.join(counts)}; guessing alone would put {guessed:.0f} into always", f"saved {out}"]
 
@@ -424,22 +432,27 @@ def split(paths: list[str], out: str) -> list[str]:
 
 
 def paper_tables(results: list[Result]) -> list[Table]:
-    """Tables I-IV with our numbers beside the paper's."""
-    ours = {}
+    """Tables I-IV with our numbers beside the paper's; below them the runs that the paper's has not."""
+    ours = {}  # run -> {column: numbers}
     for result in results:
+        found = ours.setdefault(result.run, {})
         for group, numbers in result.scores.items():
             column = f"{result.bench} {result.audio} {group}"
-            ours[result.run, column.replace(" real ", " ")] = numbers
+            found[column.replace(" real ", " ")] = numbers
     tables = []
     for title, text in PAPER.items():
         head, *published = [line.split(" | ") for line in text.strip().splitlines()]
         columns = head[3].split(", ")
+        others = dict(ours)
         rows = []
         for model, method, run, numbers in published:
-            cells = []
-            for column, number in zip(columns, numbers.split(), strict=True):
-                cells.append([ours.get((run, column)), number])
+            found = others.pop(run, {})
+            cells = zip(map(found.get, columns), numbers.split(), strict=True)
             rows.append([model, method, *cells])
+        for run, found in others.items():
+            if found.keys() & columns:
+                cells = [[found.get(column), "-"] for column in columns]
+                rows.append([run, "not in the paper's table", *cells])
         tables.append((title, ["model", "method", *columns], rows))
     return tables
 
@@ -520,11 +533,8 @@ def draw(results: list[Result], runs: dict[str, dict], folder: Path) -> tuple[li
 def notes(runs: dict[str, dict]) -> list[str]:
     """A line for each base that is not of the paper's size: beside the paper's numbers its own mislead."""
     sizes = {run["model"]: run["parameters"] for run in runs.values()}
-    found = []
-    for model, size in sizes.items():
-        if size < PAPERS_SIZE:
-            found.append(f"{model} and what was trained from it have {size:,} parameters, the paper's 7B")
-    return found
+    text = "{} and what was trained from it have {:,} parameters, the paper's 7B"
+    return [text.format(*size) for size in sizes.items() if not 0.8 < size[1] / PAPERS_SIZE < 1.2]
 
 
 def page(data: dict) -> str:

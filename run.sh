@@ -10,10 +10,11 @@
 #   bash run.sh test [slow | gpu] [options]   the tests; sets itself up
 #
 # Environment: GPUS (per node, default as found), NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, DATA (data), RESULTS
-# (results), OMNI and QWEN2AUDIO (model folders or hub names), URL, GPT and OPENAI_API_KEY (question generation),
-# FETCH, TRAIN, EVAL and GENERATE (more options for the four programs), BENCHES and AUDIO (to evaluate on), PROMPT,
-# STEPS (1000) and LONG (2000, of VGGS-GPT), KEEP_SHORTEST (questions of it), HOLD_OUT (200 questions of each training
-# set, chosen by their id, are scored meanwhile and not learned from). Relative DATA and RESULTS are the caller's.
+# (results), OMNI and QWEN2AUDIO (model folders or hub names; what is not the paper's has its results in RESULTS/ITS-NAME/),
+# URL, GPT and OPENAI_API_KEY (question generation), FETCH, TRAIN, EVAL and GENERATE (more options for the four programs),
+# BENCHES and AUDIO (to evaluate on), PROMPT, STEPS (1000) and LONG (2000, of VGGS-GPT), KEEP_SHORTEST (questions of it),
+# HOLD_OUT (200 questions of each training set, chosen by their id, are scored meanwhile and not learned from). Relative
+# DATA and RESULTS are the caller's.
 
 # shellcheck disable=SC2034,SC2046,SC2086,SC2016  # the lists below are made to be split into words, and evaluated
 set -euo pipefail
@@ -96,8 +97,17 @@ fetch() { # what the stages asked for need, where the disk has room for it
 
 needs() { for name in $ASKED; do eval echo "$(field "$name" 3) $BENCHES"; done | tr ' ' '\n' | sed '/^\//d' | sort -u; } # a model's folder is here
 
+place() { # the stage's folder: of a model that is not the paper's in one of the model's name, beside no number of the paper's
+  local model=$OMNI
+  [[ $NAME != *qwen2audio* ]] || model=$QWEN2AUDIO
+  case $(basename "$model") in
+    Qwen2.5-Omni-7B | Qwen2-Audio-7B-Instruct | model) echo "$NAME" ;; # `model`, of a run or the tiny world, says nothing
+    *) echo "$(basename "$model")/$NAME" ;;
+  esac
+}
+
 train() { # train MODEL QUESTIONS CLIPS [options]: one run of Section IV, then its evaluation
-  local model=$1 questions=$2 clips=$3 out="$RESULTS/$NAME" processes=$((GPUS * NODES)) batch; shift 3
+  local model=$1 questions=$2 clips=$3 out="$RESULTS/$(place)" processes=$((GPUS * NODES)) batch; shift 3
   batch=$(((8 + processes - 1) / processes * processes))
   [ $batch = 8 ] || echo "$NAME: --batch $batch, since $processes processes cannot share the paper's 8 questions evenly"
   set -- train.py --model "$model" --data "$questions" --audio_dir "$clips" --out "$out" --batch $batch --prompt "$PROMPT" \
@@ -115,7 +125,7 @@ train() { # train MODEL QUESTIONS CLIPS [options]: one run of Section IV, then i
 }
 
 heard() { # heard MODEL QUESTIONS CLIPS: as many steps on the questions alone that the model, hearing silence, gets wrong
-  local model=$1 questions=$2 clips=$3 folder="$DATA/$NAME"
+  local model=$1 questions=$2 clips=$3 folder="$DATA/$(place)"
   if [ -z "$PLAN" ]; then
     any_bench
     if [ ! -f "$folder/never.jsonl" ]; then
@@ -158,7 +168,7 @@ evaluate() { # evaluate MODEL [options]: every benchmark, with and without audio
     IFS='|' read -r questions clips <<<"$(bench_files "$bench")"
     [ -f "$questions" ] || { echo "$NAME: no $questions, so $bench is left out (see: bash run.sh fetch)"; continue; }
     for audio in $AUDIO; do
-      out="$RESULTS/$NAME/eval/$bench.$audio.json"
+      out="$RESULTS/$(place)/eval/$bench.$audio.json"
       if [ -f "$out" ] && grep -qs '"unanswered": {}' "${out%.json}.meta"; then continue; fi # else what is missing is asked again
       wanted+=(--and --data "$questions" --audio_dir "$clips" --audio "$audio" --bench "$bench" --out "$out")
     done

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -54,6 +55,7 @@ from files import (
     append_rows,
     at_least,
     made_before,
+    one_writer,
     parse_json,
     read_text,
     rows_of,
@@ -302,8 +304,7 @@ class Run:
             count = self.config.batch
             if name.startswith("seconds"):  # of a process, not of a question
                 count = self.world
-            values = [part[name] for part in parts]
-            row[name] = sum(values) / count
+            row[name] = sum(part[name] for part in parts) / count
         row["grad_norm"] = self.grad_norm
         row["learning_rate"] = self.lr
         row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20  # 0 on a CPU
@@ -371,7 +372,7 @@ class Run:
             raise InputError(f"{self.out}: {need:.1f} GiB are needed (--keep), {free:.1f} are free")
         if found:
             about = parse_json(read_text(found / "run.json"))
-            fsdp.load_checkpoint(found, self.state())
+            dcp.load(self.state(), checkpoint_id=found)  # in place
             self.step = about["step"]
             self.bad_clips = about["bad_clips"]
         if self.rank > 0:
@@ -474,8 +475,9 @@ def train(config: Namespace) -> int:
     set_batch(config, world)
     config.dtype = fsdp.compute_dtype(config.dtype, device)
     out = Path(config.out)
-    if not config.explain:
-        held = fsdp.hold(out)  # noqa: F841 (until the process ends)
+    if rank == 0 and not config.explain:
+        out.mkdir(parents=True, exist_ok=True)
+        held = one_writer(out / ".lock")  # noqa: F841 (until the process ends)
     loaded = load_questions(config, partial(fsdp.share_out, check_clips))
     now = settings(config, loaded)
     written = [out / name for name in ("config.json", "log.jsonl", "model", "adapter")]

@@ -67,7 +67,7 @@ class Family:
     before_audio: str  # chat template around the audio tokens, as published
     after_audio: str
     system: str = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # its template's own
-    windows: int = 1  # how many times the feature extractor's length the processor hears
+    seconds: int = 300  # of a clip, which the published processor hears at most
 
 
 OMNI_NAMES = (
@@ -82,7 +82,7 @@ QWEN3_OMNI = Family(
     "<|audio_start|>",
     "<|audio_end|>",
     system="",  # its template has none
-    windows=80,  # 40 minutes, what its card promises
+    seconds=2400,  # what its card promises
 )
 WHISPER_NAMES = (
     ("model.language_model.", "language_model.model."),
@@ -91,9 +91,13 @@ WHISPER_NAMES = (
     ("lm_head.", "language_model.lm_head."),
 )
 QWEN2_AUDIO = Family(
-    Qwen2AudioForConditionalGeneration, WHISPER_NAMES, "Audio 1: <|audio_bos|>", "<|audio_eos|>\n"
+    Qwen2AudioForConditionalGeneration,
+    WHISPER_NAMES,
+    "Audio 1: <|audio_bos|>",
+    "<|audio_eos|>\n",
+    seconds=30,
 )
-AUDIO_FLAMINGO3 = Family(AudioFlamingo3ForConditionalGeneration, WHISPER_NAMES, "", "", windows=20)
+AUDIO_FLAMINGO3 = Family(AudioFlamingo3ForConditionalGeneration, WHISPER_NAMES, "", "", seconds=600)
 FAMILIES = {
     "qwen2_5_omni": OMNI,
     "qwen2_5_omni_thinker": OMNI,
@@ -167,7 +171,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
         kind = config.model_type
         if kind not in FAMILIES:
             raise InputError(f"{folder} holds a model of type {kind!r}; supported: {', '.join(FAMILIES)}")
-        config = getattr(config, "thinker_config", config)
+        if hasattr(config, "thinker_config"):
+            dict(read_small_file(folder, "config.json")["thinker_config"])  # which transformers would make up
+            config = config.thinker_config
         # Whatever the file says: "eager" would add our bool masks to the logits as numbers, without a word.
         config._attn_implementation = "sdpa"
     return config

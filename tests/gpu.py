@@ -160,7 +160,7 @@ def measure(folder: Path, layout: list[str], rank: int, world: int, device: torc
     found["saving"] = time.perf_counter() - started
     with torch.profiler.profile() as profile:
         once = take_step(run, asked)
-    fsdp.load_checkpoint(fsdp.newest_checkpoint(out), run.state())
+    fsdp.dcp.load(run.state(), checkpoint_id=fsdp.newest_checkpoint(out))
     run.step -= 1
     again = take_step(run, asked)
     found["resumed"] = all(once[name] == again[name] for name in ("loss", "grad_norm"))

@@ -319,9 +319,14 @@ def test_a_steps_questions_are_a_multiple_of_the_processes(tmp_path):
     script = (
         'launch() { printf "%s " "$@"; }; any_bench() { :; }; evaluate() { :; }; train MODEL Q.json CLIPS'
     )
-    for gpus, nodes, batch in ((4, 1, 8), (3, 1, 9), (8, 2, 16)):
-        said = stage(script, GPUS=gpus, NODES=nodes, RESULTS=tmp_path).stdout
-        assert f" --batch {batch} " in said
+    models = (
+        ("Qwen/Qwen3-Omni", "Qwen3-Omni/"),
+        ("/x/model", ""),
+        ("/x/Mine/", "Mine/"),
+    )  # a paper's row is its model's
+    for gpus, nodes, batch, (model, folder) in zip((4, 3, 8), (1, 1, 2), (8, 9, 16), models, strict=True):
+        said = stage(script, GPUS=gpus, NODES=nodes, RESULTS=tmp_path, OMNI=model).stdout
+        assert f" --batch {batch} " in said and f" --out {tmp_path}/{folder}omni-avqa " in said
         assert (f"--batch {batch}, since" in said) == (batch != 8)
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from argparse import Namespace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from test_train import arguments, log, stop_at, train_here, weights
 from torch.distributed.checkpoint import FileSystemReader
 
-import evaluate
 import fsdp
 import lora
 from data import read_questions
@@ -64,8 +62,9 @@ def test_merged_is_switched_on_and_switched_off_is_the_base_bit_for_bit(adapted,
     with torch.no_grad():
         assert torch.equal(pairs.score(*asked).logps, without)
     assert torch.equal(logps(lm, asked), on)  # and are on again
-    args = Namespace(model=folder / "model", adapter=adapter, dtype="float32", prompt="direct")
-    assert torch.equal(logps(evaluate.load(args, torch.device("cpu")), asked), on)
+    loaded = load_model(folder / "model")
+    lora.load_adapter(loaded, adapter)
+    assert torch.equal(logps(loaded, asked), on)
 
 
 def test_a_new_pair_changes_nothing_and_all_that_learns_is_in_the_decoder(adapted):

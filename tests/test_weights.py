@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -106,12 +107,42 @@ def check_saved(folder, out, model_class):
         if name.startswith(("talker.", "token2wav.", "code2wav.", "thinker.visual.", "visual.")):
             assert torch.equal(weight, untrained[name]), name
     theirs = model_class.from_pretrained(out)  # a missing weight would be random
+    if "thinker.lm_head.weight" in tensors(out):
+        check_vllm(out, getattr(theirs, "thinker", theirs))
     parameters = dict(getattr(theirs, "thinker", theirs).named_parameters())
     for name, weight in lm.model.named_parameters():
         if not torch.equal(parameters[name], weight):
             assert shapes(out)[name][1] == torch.bfloat16, name
             assert torch.equal(parameters[name].bfloat16(), weight.bfloat16()), name
     return theirs
+
+
+# hf_to_vllm_mapper of vLLM's Omni thinkers, which load the hub's whole layout, and how Qwen3's hold experts.
+VLLM = {
+    r"^thinker\.(model|lm_head)\.": r"language_model.\1.",
+    r"^thinker\.": "",
+    r"experts\.\d+\.(gate|up)_proj\.weight": "experts.gate_up_proj",
+    r"experts\.\d+\.down_proj\.weight": "experts.down_proj",
+}
+VLLM_OF_TRANSFORMERS = {
+    r"^model\.language_model\.": "language_model.model.",
+    r"^lm_head\.": "language_model.lm_head.",
+    r"^model\.": "",
+}
+
+
+def renamed(names, patterns):
+    for name in names:
+        for pattern, other in patterns.items():
+            name = re.sub(pattern, other, name)
+        if not name.startswith(("talker.", "token2wav.", "code2wav.")):  # its skip_prefixes
+            yield name
+
+
+def check_vllm(folder, thinker):
+    """vLLM knows every name of a whole model's folder, and misses none."""
+    parameters = [name for name, _ in thinker.named_parameters()]
+    assert set(renamed(shapes(folder), VLLM)) == set(renamed(parameters, VLLM_OF_TRANSFORMERS))
 
 
 def score(lm):
