@@ -26,6 +26,8 @@ LONGEST_PAUSE = 600.0  # seconds that a Retry-After may ask for
 PASSING = (408, 409, 425, 429)  # and all from 500
 SHORTEST_KEY = 12  # characters; `EMPTY` or `none`, as local servers take them, are words of ordinary text
 
+Answer = tuple[str, dict[str, int]]  # its text, and its usage: {"prompt_tokens": n, "completion_tokens": n}
+
 
 class Refused(InputError):
     """The server will not answer this request, however often it is sent; another it may."""
@@ -47,15 +49,13 @@ class ChatClient:
         self.session.mount(url, requests.adapters.HTTPAdapter(pool_maxsize=1000))  # a connection a worker
         if key:
             self.session.headers["Authorization"] = f"Bearer {key}"
-        self.secret = key
-        if len(key) < SHORTEST_KEY:
-            self.secret = "[key]"  # which that replaces
+        self.secrets = [one for one in (key, url.partition("?")[2]) if len(one) >= SHORTEST_KEY]
         self.stop = threading.Event()
         self.answers = 0
         self.quiet_until = 0.0
 
-    def complete(self, messages: list[dict], **options: object) -> tuple[str, dict[str, int]]:
-        """The answer's text and its usage: {"prompt_tokens": n, "completion_tokens": n}.
+    def complete(self, messages: list[dict], **options: object) -> Answer:
+        """The answer to `messages`.
 
         Tries again what may pass (429, 5xx, timeouts, resets, broken replies). Raises Refused for this
         request, InputError where no other would fare better: a wrong key, model or address, or no answer to
@@ -94,7 +94,7 @@ class ChatClient:
             raise Refused(reason)
         raise InputError(reason)
 
-    def read(self, response: requests.Response) -> tuple[str, dict[str, int]]:
+    def read(self, response: requests.Response) -> Answer:
         """Raises Refused, InputError, or what a broken reply brings."""
         status = response.status_code
         text = response.content.decode("utf-8-sig")  # JSON is UTF-8, whatever content type is claimed
@@ -102,9 +102,11 @@ class ChatClient:
             reply = parse_json(text)
             usage = reply.get("usage") or {}
             tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
-            answer = reply["choices"][0]["message"]["content"] or ""
-            return answer.replace(self.secret, "[key]"), tokens
-        text = text.replace(self.secret, "[key]")
+            text = reply["choices"][0]["message"]["content"] or ""
+        for secret in self.secrets:
+            text = text.replace(secret, "[key]")
+        if status == 200:
+            return text, tokens
         said = f"{self.name} says HTTP {status}: {text[:300]!r}"
         if status < 405 and status != 400:
             raise InputError(said)

@@ -73,7 +73,7 @@ def prompt_text(question: Question, prompt: str = "direct") -> str:
 # ------------------------------------------------------------------------------------------- question files
 
 
-def read_rows(path: Path | str) -> tuple[list, bool]:
+def read_rows(path: Path | str) -> tuple:
     """A JSON list or JSON lines -> (rows, whether it was lines). A line that is not JSON gives None.
 
     Raises InputError for a file that is missing, not UTF-8, or a list that is cut off.
@@ -96,8 +96,8 @@ def read_questions(path: Path | str, audio_dir: str | None = None) -> list[Quest
     """Read a question file, its format told by its keys. Clips are looked up in `audio_dir` (or beside it).
 
     This is the one door of a row: whatever is wrong in it, the row is named in the log with its number and
-    skipped. More than a tenth of them, or two names that one clip would be heard for, raise InputError. A
-    file hides its answers if no row at all has one.
+    skipped. More than a tenth of them raises InputError, and so does a clip found by its bare name where
+    another row's has the same. A file hides its answers if no row at all has one.
     """
     rows, _ = read_rows(path)
     forms = Counter(format_of(row) for row in rows if isinstance(row, dict))
@@ -131,13 +131,16 @@ def read_questions(path: Path | str, audio_dir: str | None = None) -> list[Quest
         log.warning("%s: %d rows of several clips or without choices are left out", path, left_out)
     if not questions:
         raise InputError(f"{path}: no question is left of {len(rows)} rows")
-    first_of = {}
+    first_of = {}  # by the clips' bare names
     for question in questions.values():
-        first = first_of.setdefault(question.audio, question)
-        if first.meta["clip"] != question.meta["clip"]:  # one was found by its bare name
+        clip = question.meta["clip"]
+        first = first_of.setdefault(Path(clip or "").stem, question)
+        if clip != first.meta["clip"] and (
+            question.audio == first.audio or not question.meta["own"] & first.meta["own"]
+        ):
             raise InputError(
                 f"{path}, rows {first.meta['row'] + 1} and {question.meta['row'] + 1}: {first.meta['clip']} "
-                f"and {question.meta['clip']} are both {question.audio}: check --audio_dir"
+                f"and {clip} have one name, and not both are where they say: check --audio_dir"
             )
     return list(questions.values())
 
@@ -172,7 +175,7 @@ def read_row(row: dict, form: str, i: int, folder: Path) -> Question:
     meta = {"format": form, "row": i, "source": row}
     meta["clip"] = audio = None
     if form != "arc":
-        meta["clip"], audio = find_clip(clip, folder)
+        meta["clip"], audio, meta["own"] = find_clip(clip, folder)
     answer = right_choice(asked.get("answer"), choices)
     return Question(str(identity), text, tuple(choices), answer, audio, meta)
 
@@ -280,8 +283,8 @@ ENDINGS = ".wav .flac .mp3 .ogg .opus .aiff .aif .WAV .m4a .mp4 .webm .aac .wma 
 BLOCK = 2**16  # frames decoded at a time: 1 MB of FLAC can hold gigabytes of eight channels
 
 
-def find_clip(name: str, folder: Path) -> tuple[str, str]:
-    """A clip's path below `folder`, and its file: there, or of its bare name; as expected if there is none.
+def find_clip(name: str, folder: Path) -> tuple:
+    """A clip's path below `folder`; its file: there, or of its bare name; whether not by that name alone.
 
     Also below `audio` in the folder. Of a name that leads out of the folder the part that does not is taken.
     The file may have another ending, or lack the leading zeros of the second after "_".
@@ -290,14 +293,15 @@ def find_clip(name: str, folder: Path) -> tuple[str, str]:
     path = Path(os.path.normpath(f"/{inside}")[1:])
     if path.suffix not in ENDINGS.split():
         path = path.with_name(f"{path.name}.wav")
-    short = re.sub(r"_0+(\d+)$", r"_\1", path.stem)
+    short = re.sub(r"(?<=_)\d+$", lambda second: second[0].lstrip("0") or "0", path.stem)
     audio = folder / "audio"  # where fetch.py puts the clips of a set
-    for place in (folder / path.parent, folder, audio / path.parent, audio):
+    own = (folder / path.parent, audio / path.parent)
+    for place in (*own, folder, audio):
         names = clips_in(place)
         for stem, ending in product((path.stem, short), (path.suffix, *ENDINGS.split())):
             if stem + ending in names:
-                return str(path), str(place / (stem + ending))
-    return str(path), str(folder / path)
+                return str(path), str(place / (stem + ending)), place in own
+    return str(path), str(folder / path), True
 
 
 @lru_cache(maxsize=256)
@@ -317,10 +321,14 @@ def open_clip(path: Path | str) -> soundfile.SoundFile:
     for promised, there in re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info):
         if int(there) + 1024 < int(promised) < 2_000_000_000:
             raise ValueError(f"is cut off: {there} of {promised} bytes are there")
+    if file.format == "OGG":
+        page = Path(path).read_bytes().rpartition(b"OggS")[2]
+        if not page[1] & 4:
+            raise ValueError("is cut off: its last page does not end it")
     return file
 
 
-def check_clips(clips: list[str]) -> dict[str, str | float]:
+def check_clips(clips: list[str]) -> dict:
     """clip -> why its header says that it cannot be read, or its seconds."""
     found = {}
     for clip in clips:
@@ -341,11 +349,11 @@ def load_audio(path: Path | str, longest: float = math.inf) -> np.ndarray:
     try:
         with open_clip(path) as file:
             frames = int(min(file.frames, longest * file.samplerate))
-            parts = []
+            mono = []
             for start in range(0, frames, BLOCK):
                 block = file.read(min(BLOCK, frames - start), dtype="float32", always_2d=True)
-                parts.append(block.mean(axis=1))
-            mono = np.concatenate(parts)
+                mono.append(block.mean(axis=1))
+            mono = np.concatenate(mono)
             # not to a frame: without a Xing header an MP3's length is a guess
             if len(mono) < 0.98 * frames - 0.1 * file.samplerate:
                 raise ValueError(f"is cut off: {len(mono)} of {frames} frames can be decoded")
@@ -360,20 +368,24 @@ def load_audio(path: Path | str, longest: float = math.inf) -> np.ndarray:
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     """(n,) at `rate` -> (ceil(n * 16000 / rate),) at 16 kHz, by cutting or extending the spectrum.
 
-    Zeros at both ends keep the transform's wrap-around out. Tones come within -100 dB at any rate, but where
-    one breaks off: what the filter makes of that rings on, with -56 dB for 3.5 kHz at 8 kHz after 60 ms.
+    In pieces of 16 s or more with a second of what is beside them, zeros at the ends, which keeps the
+    transform's wrap-around out. Tones come within -90 dB at any rate, but where one breaks off: what the
+    filter makes of that rings on, with -56 dB for 3.5 kHz at 8 kHz after 60 ms.
     """
     if rate == RATE:
         return samples
     ratio = Fraction(RATE, rate).limit_denominator(2**16)  # exact up to 65 kHz and for usual rates
     step = ratio.denominator  # so many samples are a whole number at 16 kHz
-    # some such steps: 0.2 s or more, and 1/64 of the clip, so that no large prime slows the transform
-    pad = step << max((rate // (5 * step)).bit_length(), (len(samples) // step).bit_length() - 6)
+    pad = step << (rate // step).bit_length()  # 1 s or more, and without a prime that slows the transform
     padded = np.pad(samples, (pad, pad + -len(samples) % pad))
-    count = int(len(padded) * ratio)
-    out = np.fft.irfft(np.fft.rfft(padded), count) * float(ratio)  # as many frequencies as there are room for
-    start = int(pad * ratio)
-    return out[start : start + math.ceil(len(samples) * RATE / rate)]
+    edge = int(pad * ratio)
+    parts = []
+    for start in range(0, len(samples), 16 * pad):
+        piece = padded[start : start + 18 * pad]
+        count = int(len(piece) * ratio)  # of them, as many frequencies as there is room for
+        part = np.fft.irfft(np.fft.rfft(piece), count)
+        parts.append(float(ratio) * part[edge:-edge])
+    return np.concatenate(parts)[: math.ceil(len(samples) * RATE / rate)]
 
 
 # -------------------------------------------------------------------------------------- questions of a run

@@ -36,6 +36,7 @@ import soundfile
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from chat import ChatClient, Refused, public_url
 from data import (
@@ -210,6 +211,10 @@ class Evaluation:
         """
         form = self.asked[0][0].meta["format"]
         rows, is_lines = read_rows(self.args.data)
+        for row in rows:
+            if isinstance(row, dict):
+                for key in OURS.split():
+                    row.pop(key, None)  # of another run, or forged
         answers = self.answers()
         unanswered = {}
         for asked in self.asked:
@@ -220,8 +225,6 @@ class Evaluation:
                     unanswered[question.id] = self.reasons.get(question.id, "its answer was not found")
             final = [final_answer(text, self.args.prompt) for text in texts]
             row = rows[question.meta["row"]]
-            for key in OURS.split():
-                row.pop(key, None)  # of another run, or forged
             for key in OFFICIAL.get(form, MMAU_KEYS):
                 row[key] = final[0]
             if final != texts:
@@ -268,9 +271,7 @@ def hear(clip: str, audio: str, seconds: float) -> np.ndarray:
         samples = load_audio(clip, seconds)
     except InputError as error:
         raise Refused(str(error)) from None
-    if audio == "silence":
-        return np.zeros_like(samples)
-    return samples
+    return samples * (audio != "silence")
 
 
 def encode(batch: list[Question], job: Evaluation, prompts: PromptEncoder) -> dict[str, Prompt]:
@@ -287,7 +288,7 @@ def encode(batch: list[Question], job: Evaluation, prompts: PromptEncoder) -> di
     return encoded
 
 
-def answer_locally(job: Evaluation, batches: list[list[Question]], lm: AudioLM) -> Iterator:
+def answer_locally(job: Evaluation, batches: list, lm: AudioLM) -> Iterator:
     """Greedy answers of a checkpoint, a batch at a time."""
     for encoded in ahead(partial(encode, job=job, prompts=lm.prompts), batches, 3):
         if encoded:
@@ -297,7 +298,7 @@ def answer_locally(job: Evaluation, batches: list[list[Question]], lm: AudioLM) 
         yield
 
 
-def answer_remotely(job: Evaluation, batches: list[list[Question]]) -> Iterator:
+def answer_remotely(job: Evaluation, batches: list) -> Iterator:
     """Answers of a model behind a chat endpoint that takes base64 wav files, --batch_size at a time."""
     client = ChatClient(job.args.url, job.args.model)
     first, *others = chain(*batches)
@@ -384,8 +385,9 @@ def evaluate(several: list[Namespace]) -> None:
                         load_adapter(lm, Path(args.adapter))
                     loaded = wanted
                 answering = answer_locally(job, mine, lm)
-            for _ in tqdm(answering, job.out.name, len(mine), disable=rank > 0):
-                pass
+            with logging_redirect_tqdm():
+                for _ in tqdm(answering, job.out.name, len(mine), disable=rank > 0):
+                    pass
         for reasons in fsdp.gather_objects(job.reasons):
             job.reasons.update(reasons)
         with in_agreement():

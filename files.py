@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
             add(name, default=default, help=text, **more)
 
 
-def at_least(least: float, kind: type = int) -> Callable[[str], float]:
+def at_least(least: float, kind: type = int) -> Callable:
     """An option's type: a finite number from `least` on."""
 
     def number(text: str) -> float:

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -175,13 +176,10 @@ def timed(totals: dict[str, float], name: str) -> Iterator[None]:
     totals[name] = totals.get(name, 0.0) + clock() - started
 
 
-def share_out(work: Callable[[list], dict], items: list) -> dict:
+def share_out(work: Callable, items: list) -> ChainMap:
     """work(items) -> a dict, each process working on its part of them. Collective."""
     mine = items[dist.get_rank() :: dist.get_world_size()]
-    found = {}
-    for part in gather_objects(work(mine)):
-        found.update(part)
-    return found
+    return ChainMap(*gather_objects(work(mine)))
 
 
 def gather_objects(value: Any) -> list:

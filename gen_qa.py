@@ -6,9 +6,9 @@
 
 The captions are CSV, JSON lines or a JSON list, joined by the clip's id; AudioSetCaps publishes two for
 VGGSound: overall captions (id, caption) and answers on sounds, speech and music (id, answer_1 to answer_3).
-Each finished question is a line of Q.jsonl in AVQA's format with the tokens that it took; killed at any
-moment, the same command goes on. A clip whose answers stay unusable after five askings, or that the server
-refuses, is a line of Q.rejected.jsonl with the reason.
+Each finished question is a line of Q.jsonl in AVQA's format, each unusable answer one of Q.rejected.jsonl
+with the reason, both with the tokens that they took; killed at any moment, the same command goes on. After
+five of these in a row, or where the server refuses, a clip is rejected: not asked for again.
 """
 
 import collections
@@ -71,6 +71,9 @@ ASKINGS = 5  # of one clip, until an answer can be used
 LONGEST_ANSWER = 512  # tokens; one has 60
 FRUITLESS = 100  # rejected clips, each paid for five times: one in ten must have given a question by then
 
+Captions = dict[str, list[str]]  # a clip's name -> A1 to A4
+Clip = tuple[str, list[str]]  # one of them
+
 
 # -------------------------------------------------------------------------------------------------- captions
 
@@ -128,7 +131,7 @@ def wanted_clips(path: Path) -> dict[str, str]:
     return {same_clip(name): name for name in map(str, names)}
 
 
-def find_columns(args: Namespace) -> dict[Path, tuple[str, dict[int, str]]]:
+def find_columns(args: Namespace) -> dict[Path, tuple]:
     """Where A1 to A4 stand: table -> (its column of ids, {0 to 3: its column}). Raises InputError."""
     names = PUBLISHED
     if args.columns:
@@ -149,7 +152,7 @@ def find_columns(args: Namespace) -> dict[Path, tuple[str, dict[int, str]]]:
     return tables
 
 
-def read_captions(args: Namespace) -> dict[str, list[str]]:
+def read_captions(args: Namespace) -> Captions:
     """The clips of one table, or of several joined by id, of --ids alone if given: name -> [A1, A2, A3, A4].
 
     What is left out is counted and named. Raises InputError.
@@ -262,11 +265,11 @@ class Ledger:
             self.failed.clear()
 
     def count(self, row: dict) -> None:
-        if "reason" in row:
+        if "reason" not in row:
+            self.done.add(row["id"])
+        elif row["rejected"]:
             self.failed.add(row["id"])
             self.reason = row["reason"]
-        else:
-            self.done.add(row["id"])
         for i in range(2):
             self.tokens[i] += row["tokens"][i]
 
@@ -279,7 +282,7 @@ class Ledger:
         if len(self.failed) >= FRUITLESS and 9 * len(self.done) < len(self.failed):
             raise InputError(f"nine in ten rejected, the last because: {self.reason} (--retry_rejected)")
 
-    def left(self, captions: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
+    def left(self, captions: Captions) -> list[Clip]:
         """The clips that are neither finished nor rejected; says how many they are, and their price."""
         finished = self.done | self.failed
         left = [clip for clip in captions.items() if clip[0] not in finished]
@@ -294,28 +297,26 @@ class Ledger:
         return f"{said} ({self.prices[0]:g} and {self.prices[1]:g} a million)"
 
 
-def ask(client: ChatClient, ledger: Ledger, clip: tuple[str, list[str]]) -> None:
-    """Record a clip's question, or a reason why there is none. Raises InputError."""
+def ask(client: ChatClient, ledger: Ledger, clip: Clip) -> None:
+    """Record a clip's question, and of each asking before why it gave none. Raises InputError."""
     name, texts = clip
-    tokens = [0, 0]
     message = {"role": "user", "content": prompt_for(texts)}
-    for _ in range(ASKINGS):
+    for asking in range(ASKINGS):
         ledger.stop_if_fruitless()
-        text = ""
+        row = {"id": name, "rejected": asking == ASKINGS - 1, "tokens": [0, 0]}
         try:
             text, usage = client.complete([message], max_tokens=LONGEST_ANSWER)
-            tokens[0] += usage["prompt_tokens"]
-            tokens[1] += usage["completion_tokens"]
-            row = question_row(name, *parse_answer(text), seed=ledger.seed, tokens=tokens)
-            break
+            row |= {"answer": text[:2000], "tokens": list(usage.values())}
+            row = question_row(name, *parse_answer(text), seed=ledger.seed, tokens=row["tokens"])
         except (ValueError, Refused) as error:
-            row = {"id": name, "reason": str(error), "answer": text[:2000], "tokens": tokens}
-            if isinstance(error, Refused):
-                break
-    ledger.record(row)
+            row["reason"] = str(error)
+            row["rejected"] |= isinstance(error, Refused)
+        ledger.record(row)
+        if row.get("rejected", True):
+            break
 
 
-def generate(args: Namespace, captions: dict[str, list[str]]) -> None:
+def generate(args: Namespace, captions: Captions) -> None:
     """Ask for every clip that has no question yet. What is being answered when it ends is still recorded."""
     client = ChatClient(args.url, args.model)
     ledger = Ledger(args)
@@ -351,16 +352,15 @@ def keep_shortest(path: Path, count: int) -> None:
     print(f"{target}: the {len(rows[:count])} shortest of {len(rows)}")
 
 
-def print_samples(args: Namespace, captions: dict[str, list[str]]) -> None:
+def print_samples(args: Namespace, captions: Captions) -> None:
     """--sample: questions for a person to read, with the captions they come from."""
     rows = [row for row in rows_of(args.out) if row.get("id") in captions]
     if not rows:
         raise InputError(f"{args.out}: no questions to sample from")
     for row in random.Random(args.seed).sample(rows, min(args.sample, len(rows))):
-        sent = prompt_for(captions[row["id"]]).splitlines()[-5:-1]  # A1 to A4
-        print("", row["id"], *sent, row["question_text"], sep="\n  ")
-        for i, choice in enumerate(row["multi_choice"]):
-            print("   ", "*" * (i == row["answer"]), choice)
+        choices = row["multi_choice"]
+        asked = [row["question_text"], *choices, f"answer: {choices[row['answer']]}"]
+        print("", row["id"], *captions[row["id"]], *asked, sep="\n  ")
 
 
 def parse() -> Namespace:

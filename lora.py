@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from files import InputError
-from model import AudioLM, Prompt, Scores
+from model import AudioLM, Groups, Prompt, Scores
 from weights import door, new_folder, read_small_file
 
 TARGET = r"(.*\.)?language_model\.layers\.\d+\.\w+\.(q|k|v|o|gate|up|down)_proj"  # whole names, as in PEFT
@@ -59,7 +59,7 @@ class Pairs:
         product = linear.lora_B @ linear.lora_A
         return weight.float() + self.scale * product
 
-    def score(self, prompts: list[Prompt], groups: list[list[Tensor]]) -> Scores:
+    def score(self, prompts: list[Prompt], groups: Groups) -> Scores:
         """What the base says of the responses: the reference of grpo.score."""
         self.are_on = False
         try:

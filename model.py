@@ -60,6 +60,7 @@ LOOK_AHEAD = 2  # frames after the clip that the last embedding depends on: two 
 WINDOW = 3000  # frames of the 30 s that a Whisper encoder takes at once
 USER = "<|im_start|>user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"
+Groups = list[list[Tensor]]  # B of G responses, each 1-D int64
 
 
 @dataclass(frozen=True, eq=False)  # eq: one is the other only if it is the same object
@@ -194,7 +195,7 @@ def lengths_of(rows: list[Tensor]) -> Tensor:
 
 def pack(
     prompts: list[Prompt],
-    groups: list[list[Tensor]],
+    groups: Groups,
     audio_token_id: int,
     device: torch.device,
 ) -> Tokens:
@@ -343,11 +344,9 @@ class AudioLM(nn.Module):
         group_size: int = 1,
         temperature: float = 0.0,
         generators: list[torch.Generator] | None = None,
-    ) -> list[list[Tensor]]:
-        """Continue each of B prompts G times: a list (B) of lists (G) of 1-D int64 tensors, EOS kept.
-
-        Drawn from softmax(logits / temperature), by each prompt's own generator; 0 takes the most likely.
-        """
+    ) -> Groups:
+        """Continue each of B prompts G times, EOS kept, by draws from softmax(logits / temperature), each
+        prompt's with its own generator; 0 takes the most likely."""
         B = len(prompts)
         G = group_size
         device = self.device
@@ -392,7 +391,7 @@ class AudioLM(nn.Module):
     def score(
         self,
         prompts: list[Prompt],
-        groups: list[list[Tensor]],
+        groups: Groups,
     ) -> Scores:
         """log pi(o_t | q, o_<t) of Eq. 3 for B groups of G responses, in one pass over B rows."""
         packed = pack(

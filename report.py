@@ -218,7 +218,7 @@ def agreement(questions: list[Question]) -> list[str]:
     return [f"answered the same way in all {len(given[0])} orders: {alike} of {len(given)}"]
 
 
-def side_by_side(files: list[list[Question]]) -> list[tuple[Question, ...]]:
+def side_by_side(files: list[list[Question]]) -> list[tuple]:
     """Each question as the files have it. Raises InputError for other questions or hidden answers."""
     if any(questions[0].answer is None for questions in files):
         raise InputError("these questions hide their answers, so there is nothing to compare")

@@ -247,7 +247,7 @@ class Run:
                     log.warning("step %d: replaced: %s", one.step, why)
             yield batch
 
-    def take_step(self, asked: Sequence[Asked]) -> tuple[dict[str, float], list[grpo.Rollout]]:
+    def take_step(self, asked: Sequence[Asked]) -> tuple[dict, list]:
         """One step of Section III-B on this process's questions, in the paper's order -> the metrics as sums
         over the questions, and all that was said."""
         config = self.config

@@ -63,7 +63,7 @@ class Family:
     """What differs between the families of models."""
 
     model_class: type
-    names: tuple[tuple[str, str], ...]  # (prefix of transformers' parameter names, prefix in the hub's files)
+    names: tuple  # of pairs (prefix of transformers' parameter names, prefix in the hub's files)
     before_audio: str  # chat template around the audio tokens, as published
     after_audio: str
     system: str = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # its template's own
@@ -361,8 +361,8 @@ def save_model(lm: nn.Module, out: Path, settings: dict[str, Any] | None = None)
         raise InputError(failures[0])
 
 
-def saved_files(lm: nn.Module, writes: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The base's files one by one, the trained weights in the base's places if this process `writes` them."""
+def saved_files(lm: nn.Module, writes: bool) -> Iterator[tuple[str, dict]]:
+    """The base's files one by one: (name, {name: tensor}), trained ones if this process `writes` them."""
     base = Weights(lm.folder)
     parameters = dict(lm.model.named_parameters())
     trained = {}

@@ -187,17 +187,6 @@ def print_peak(folder, side, group):
     print(status("VmHWM") - before)
 
 
-def bench_features(folder, family, repeat):
-    published = Published(folder)
-    clip = folder / "0.wav"
-    waveform = soundfile.read(clip, dtype="float32")[0]
-    torch.set_num_threads(1)  # as beside a training process
-    calls = {"published": lambda: published.features([clip])}
-    calls["ours"] = lambda: published.lm.prompts.features(waveform)
-    t = seconds(calls, max(repeat, 5))
-    row(f"seconds a clip's features, published / ours, {family}", t["published"], t["ours"], "≥ 20, -")
-
-
 def bench_evaluation(folder, family, repeat):
     """The published evaluation loop (features padded as its processor does, left-padded batches of 16 in the
     benchmark's order, generate) and ours. 32 clips: half of 10 s, half between 2 and 30 s.
@@ -233,8 +222,7 @@ def row(what, left, right, goal):
     print(f"| {what} | {left:.3g} | {right:.3g} | {left / right:.2f} | {goal} |", flush=True)
 
 
-BENCHES = {"speed": bench_speed, "memory": bench_memory, "features": bench_features}
-BENCHES |= {"evaluation": bench_evaluation}
+BENCHES = {"speed": bench_speed, "memory": bench_memory, "evaluation": bench_evaluation}
 
 
 def main():

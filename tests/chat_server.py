@@ -66,6 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body[: int(sent * len(body))])
+        self.server.paid += sent == 1 and b'"usage"' in body
         self.close_connection = sent < 1
 
 
@@ -77,6 +78,7 @@ class Server(ThreadingHTTPServer):
         """`fail` is the share of requests that fail."""
         super().__init__(("127.0.0.1", 0), handler)
         self.fail = fail
+        self.paid = 0  # answers, by whom asks
         self.random = random.Random(0)
         self.url = f"http://127.0.0.1:{self.server_port}"
 

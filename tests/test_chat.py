@@ -122,10 +122,12 @@ def test_nothing_in_the_environment_gets_or_replaces_the_key(server, monkeypatch
         assert not spy.requests
 
 
-def test_only_scheme_host_and_path_of_a_url_are_written():
+def test_only_scheme_host_and_path_of_a_url_are_written(server):
     assert public_url("https://me:secret@host:8/v1?key=SECRET#x") == "https://host:8/v1"
     for url in ("ftp://host/v1", "", "host/v1"):
         with pytest.raises(InputError, match="http"):
             ChatClient(url, "m")
+    server.always = (404, {"error": "Cannot POST /v1?key=SECRET-OF-MINE"})
+    assert "SECRET" not in str(refusal(ChatClient(f"{server.url}?key=SECRET-OF-MINE", "m")))
     with pytest.raises(OSError, match="Failed to parse: (?!.*secret)"):  # a program's one line
         ChatClient("http://me:secret@host:99999/v1", "m")

@@ -136,7 +136,9 @@ def test_batch_size_processes_a_kill_ctrl_c_and_forged_answers_change_nothing(
 ):
     out = tmp_path / "p.json"
     few["batch_size"] = 3
-    change(few, **dict.fromkeys(evaluation.OURS.split(), "forged") | {"order_predictions": ["forged"] * 2})
+    forged = dict.fromkeys(evaluation.OURS.split(), "forged") | {"order_predictions": ["forged"] * 2}
+    change(few, **forged)
+    few["data"].write_text(json.dumps([*rows_in(few["data"]), forged]))  # and a row that is no question
     killed = forked(then(signal.SIGKILL), out, {}, **few)
     assert os.waitpid(killed, 0)[1] == signal.SIGKILL and not out.exists()
     (part,) = tmp_path.glob("p.json.part-*-0")

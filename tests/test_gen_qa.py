@@ -237,12 +237,14 @@ def test_a_disturbed_and_killed_run_gives_the_rows_of_an_undisturbed_one(tmp_pat
         before = len(server.requests)
         assert run(*arguments, out=rough)[0] == 0 and len(server.requests) == before
         answered = finished(rough)
+        lost = server.paid - sum(row["tokens"][1] for row in answered) / 50
+        assert 0 <= lost <= 8 * kills  # what was on its way
         run(*arguments, "--retry_rejected", out=rough)
         assert len(server.requests) > before
     assert without_tokens(rough) == without_tokens(calm)
     assert len(read_questions(rough)) == clips - clips // 50
     for out in (calm, rough):
-        rejected = {row["id"] for row in finished(out) if "reason" in row}
+        rejected = {row["id"] for row in finished(out) if row.get("rejected")}
         assert rejected == {clip_name(i) for i in range(49, clips, 50)}
     files = "".join(file.read_text() for file in tmp_path.iterdir())
     assert KEY not in files and "SECRET" not in files
@@ -254,7 +256,7 @@ def test_a_disturbed_and_killed_run_gives_the_rows_of_an_undisturbed_one(tmp_pat
     assert list(map(length, rows_of(shortest))) == sorted(map(length, rows_of(rough)))[:7]
 
 
-def test_a_hostile_reply_and_a_refusal_are_each_one_row_rejected(tmp_path, monkeypatch, run):
+def test_hostile_replies_and_a_refusal_are_rejected(tmp_path, monkeypatch, run):
     read_reply = chat.ChatClient.read
 
     def hostile(client, response):
@@ -272,7 +274,7 @@ def test_a_hostile_reply_and_a_refusal_are_each_one_row_rejected(tmp_path, monke
     assert rejected.keys() == {clip_name(i) for i in (2, 4)}
     assert "no question" in rejected[clip_name(2)] and "HTTP 400" in rejected[clip_name(4)]
     assert len(rows_of(tmp_path / "q.jsonl")) == 18
-    assert (tmp_path / "q.rejected.jsonl").stat().st_size < 10_000
+    assert (tmp_path / "q.rejected.jsonl").stat().st_size < 15_000
 
 
 def test_a_server_that_does_not_serve_stops_the_run_and_nothing_is_lost(tmp_path, run):
@@ -307,7 +309,7 @@ def test_dry_run_and_sample_write_nothing_and_no_foreign_file_is_touched(tmp_pat
     with open(out, "a") as file:
         file.write('{"id": "half a li')
     before = out.read_bytes()
-    assert "A4: There is no music" in run("--sample", 2)[1]
+    assert "There is no music" in run("--sample", 2)[1]
     assert "49 to ask" in run("--dry_run")[1]
     assert [path.read_bytes() for path in out.parent.iterdir()] == [before]
     out.write_text(AVQA)
