@@ -118,7 +118,7 @@ def test_a_missing_expert_and_a_missing_thinker_are_named(whole, tmp_path):
     name = "thinker.model.layers.1.mlp.experts.3.up_proj.weight"
     del content[name]
     save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=f"no weight named {name}"):
+    with pytest.raises(InputError, match=name):
         load_model(folder)
     config = json.loads((folder / "config.json").read_text())
     del config["thinker_config"]
