@@ -107,9 +107,10 @@ def check_saved(folder, out, model_class):
         if name.startswith(("talker.", "token2wav.", "code2wav.", "thinker.visual.", "visual.")):
             assert torch.equal(weight, untrained[name]), name
     theirs = model_class.from_pretrained(out)  # a missing weight would be random
+    thinker = getattr(theirs, "thinker", theirs)
     if "thinker.lm_head.weight" in tensors(out):
-        check_vllm(out, getattr(theirs, "thinker", theirs))
-    parameters = dict(getattr(theirs, "thinker", theirs).named_parameters())
+        check_vllm(out, thinker)
+    parameters = dict(thinker.named_parameters())
     for name, weight in lm.model.named_parameters():
         if not torch.equal(parameters[name], weight):
             assert shapes(out)[name][1] == torch.bfloat16, name
