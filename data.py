@@ -191,8 +191,11 @@ def right_choice(answer: str | None, choices: list[str]) -> str | None:
 
 
 def questions_hash(questions: list[Question]) -> str:
-    """Another one where a text, a choice, an answer or a clip's name is; a converted clip is the same one."""
-    asked = [[q.id, q.question, q.choices, q.answer, Path(q.audio or "").stem] for q in questions]
+    """Another one where a text, a choice, an answer or a clip's path is; a converted clip is the same one."""
+    asked = []
+    for q in questions:
+        clip, _ = os.path.splitext(q.meta["clip"] or "")
+        asked.append([q.id, q.question, q.choices, q.answer, clip])
     return sha256(json.dumps(asked).encode())
 
 

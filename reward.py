@@ -120,7 +120,7 @@ REWARDS = {
 }
 
 
-def find_reward(name: str) -> Callable[[str, str, list[str]], float]:
+def find_reward(name: str) -> Callable:
     """--reward exact, contains, official or FILE.py:function -> a callable with accuracy_reward's signature.
 
     Raises InputError if there is no such function, and LocalError later if it fails or gives no number.

@@ -95,7 +95,12 @@ fetch() { # what the stages asked for need, where the disk has room for it
   [ -n "$PLAN" ] || python fetch.py --data "$DATA" $FETCH $(needs)
 }
 
-needs() { for name in $ASKED; do eval echo "$(field "$name" 3) $BENCHES"; done | tr ' ' '\n' | sed '/^\//d' | sort -u; } # a model's folder is here
+needs() { # the sets, and the models that are not folders here
+  local name OMNI=$OMNI QWEN2AUDIO=$QWEN2AUDIO
+  [ ! -d "$OMNI" ] || OMNI=
+  [ ! -d "$QWEN2AUDIO" ] || QWEN2AUDIO=
+  for name in $ASKED; do eval echo "$(field "$name" 3) $BENCHES"; done | tr ' ' '\n' | sed '/^\//d; /^$/d' | sort -u
+}
 
 place() { # the stage's folder: of a model that is not the paper's in one of the model's name, beside no number of the paper's
   local model=$OMNI
@@ -212,7 +217,7 @@ run() { # run NAME...
 }
 
 PLAN=
-case ${1:-all} in
+case ${1-all} in
   all) run $(paper) ;;
   plan) PLAN=1; run fetch $(if [ $# = 1 ]; then paper | sed 1d; else echo "${@:2}"; fi) ;;
   list) (echo "stage|fills|needs"; cut -d'|' -f1-3 <<<"$STAGES" | grep .) | column -t -s '|' ;;
