@@ -267,7 +267,7 @@ class Ledger:
     def count(self, row: dict) -> None:
         if "reason" not in row:
             self.done.add(row["id"])
-        elif row["rejected"]:
+        elif "again" not in row:
             self.failed.add(row["id"])
             self.reason = row["reason"]
         for i in range(2):
@@ -303,16 +303,17 @@ def ask(client: ChatClient, ledger: Ledger, clip: Clip) -> None:
     message = {"role": "user", "content": prompt_for(texts)}
     for asking in range(ASKINGS):
         ledger.stop_if_fruitless()
-        row = {"id": name, "rejected": asking == ASKINGS - 1, "tokens": [0, 0]}
+        row = {"id": name, "tokens": [0, 0]}
         try:
             text, usage = client.complete([message], max_tokens=LONGEST_ANSWER)
             row |= {"answer": text[:2000], "tokens": list(usage.values())}
             row = question_row(name, *parse_answer(text), seed=ledger.seed, tokens=row["tokens"])
         except (ValueError, Refused) as error:
             row["reason"] = str(error)
-            row["rejected"] |= isinstance(error, Refused)
+            if asking < ASKINGS - 1 and not isinstance(error, Refused):
+                row["again"] = True
         ledger.record(row)
-        if row.get("rejected", True):
+        if "again" not in row:
             break
 
 
