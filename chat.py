@@ -26,8 +26,6 @@ LONGEST_PAUSE = 600.0  # seconds that a Retry-After may ask for
 PASSING = (408, 409, 425, 429)  # and all from 500
 SHORTEST_KEY = 12  # characters; `EMPTY` or `none`, as local servers take them, are words of ordinary text
 
-Answer = tuple[str, dict[str, int]]  # its text, and its usage: {"prompt_tokens": n, "completion_tokens": n}
-
 
 class Refused(InputError):
     """The server will not answer this request, however often it is sent; another it may."""
@@ -49,13 +47,14 @@ class ChatClient:
         self.session.mount(url, requests.adapters.HTTPAdapter(pool_maxsize=1000))  # a connection a worker
         if key:
             self.session.headers["Authorization"] = f"Bearer {key}"
-        self.secrets = [one for one in (key, url.partition("?")[2]) if len(one) >= SHORTEST_KEY]
+        named = re.split("[?&=#]", url)[1:]  # of a query
+        self.secrets = [one for one in (key, *named) if len(one) >= SHORTEST_KEY]
         self.stop = threading.Event()
         self.answers = 0
         self.quiet_until = 0.0
 
-    def complete(self, messages: list[dict], **options: object) -> Answer:
-        """The answer to `messages`.
+    def complete(self, messages: list[dict], **options: object) -> tuple[str, dict]:
+        """The answer's text and its usage: {"prompt_tokens": n, "completion_tokens": n}.
 
         Tries again what may pass (429, 5xx, timeouts, resets, broken replies). Raises Refused for this
         request, InputError where no other would fare better: a wrong key, model or address, or no answer to
@@ -67,7 +66,7 @@ class ChatClient:
         pause = 0.0
         for attempt in range(TRIES + 1):
             if self.stop.wait(pause):
-                break
+                raise InputError(reason)
             pause = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
             try:
                 response = self.session.post(self.url, json=body, timeout=TIMEOUT, allow_redirects=False)
@@ -94,7 +93,7 @@ class ChatClient:
             raise Refused(reason)
         raise InputError(reason)
 
-    def read(self, response: requests.Response) -> Answer:
+    def read(self, response: requests.Response) -> tuple[str, dict]:
         """Raises Refused, InputError, or what a broken reply brings."""
         status = response.status_code
         text = response.content.decode("utf-8-sig")  # JSON is UTF-8, whatever content type is claimed

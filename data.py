@@ -51,7 +51,8 @@ class Question:
     choices: tuple[str, ...]
     answer: str | None  # the text of the right choice; None where a benchmark hides it
     audio: str | None  # a path, which need not exist; None where the format has no audio
-    meta: dict  # {"format", "row": 0-based row of the file, "source": it as published, "clip": its path}
+    # {"format", "row": 0-based, "source": it as published, "name": its clip's, find_clip's "clip" and "own"}
+    meta: dict
 
 
 # What --prompt adds to Section III-A's prompt: nothing (the paper), r1-aqa's two instructions, Ke-Omni-R's.
@@ -134,7 +135,7 @@ def read_questions(path: Path | str, audio_dir: str | None = None) -> list[Quest
     first_of = {}  # by the clips' bare names
     for question in questions.values():
         clip = question.meta["clip"]
-        first = first_of.setdefault(Path(clip or "").stem, question)
+        first = first_of.setdefault(Path(question.audio or "").stem, question)
         if clip != first.meta["clip"] and (
             question.audio == first.audio or not question.meta["own"] & first.meta["own"]
         ):
@@ -172,7 +173,7 @@ def read_row(row: dict, form: str, i: int, folder: Path) -> Question:
     "\n".join([text, f"{clip} {identity}", *choices]).encode()  # all are texts, of whole characters
     if identity in (None, ""):  # the same whatever the order of the rows and what was added to them
         identity = sha256(json.dumps([clip, text, choices]).encode())
-    meta = {"format": form, "row": i, "source": row}
+    meta = {"format": form, "row": i, "source": row, "name": clip}
     meta["clip"] = audio = None
     if form != "arc":
         meta["clip"], audio, meta["own"] = find_clip(clip, folder)
@@ -191,10 +192,10 @@ def right_choice(answer: str | None, choices: list[str]) -> str | None:
 
 
 def questions_hash(questions: list[Question]) -> str:
-    """Another one where a text, a choice, an answer or a clip's path is; a converted clip is the same one."""
+    """Another one where a text, a choice, an answer or a clip's name is; a converted clip is the same one."""
     asked = []
     for q in questions:
-        clip, _ = os.path.splitext(q.meta["clip"] or "")
+        clip, _ = os.path.splitext(q.meta["name"] or "")
         asked.append([q.id, q.question, q.choices, q.answer, clip])
     return sha256(json.dumps(asked).encode())
 
@@ -287,7 +288,7 @@ BLOCK = 2**16  # frames decoded at a time: 1 MB of FLAC can hold gigabytes of ei
 
 
 def find_clip(name: str, folder: Path) -> tuple:
-    """A clip's path below `folder`; its file: there, or of its bare name; whether not by that name alone.
+    """A clip's path below `folder`; its file: there, or of its bare name; False if by that name alone.
 
     Also below `audio` in the folder. Of a name that leads out of the folder the part that does not is taken.
     The file may have another ending, or lack the leading zeros of the second after "_".
@@ -298,7 +299,7 @@ def find_clip(name: str, folder: Path) -> tuple:
         path = path.with_name(f"{path.name}.wav")
     short = re.sub(r"(?<=_)\d+$", lambda second: second[0].lstrip("0") or "0", path.stem)
     audio = folder / "audio"  # where fetch.py puts the clips of a set
-    own = (folder / path.parent, audio / path.parent)
+    own = folder / path.parent, audio / path.parent
     for place in (*own, folder, audio):
         names = clips_in(place)
         for stem, ending in product((path.stem, short), (path.suffix, *ENDINGS.split())):
@@ -326,8 +327,9 @@ def open_clip(path: Path | str) -> soundfile.SoundFile:
             raise ValueError(f"is cut off: {there} of {promised} bytes are there")
     if file.format == "OGG":
         page = Path(path).read_bytes().rpartition(b"OggS")[2]
-        if not page[1] & 4:
-            raise ValueError("is cut off: its last page does not end it")
+        body = 23 + page[22]  # behind the lengths of its segments
+        if len(page) < body + sum(page[23:body]):
+            raise ValueError("is cut off: its last page is not whole")
     return file
 
 
@@ -372,14 +374,15 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     """(n,) at `rate` -> (ceil(n * 16000 / rate),) at 16 kHz, by cutting or extending the spectrum.
 
     In pieces of 16 s or more with a second of what is beside them, zeros at the ends, which keeps the
-    transform's wrap-around out. Tones come within -90 dB at any rate, but where one breaks off: what the
-    filter makes of that rings on, with -56 dB for 3.5 kHz at 8 kHz after 60 ms.
+    transform's wrap-around out. Tones come within -100 dB, those near the highest frequency at a piece's end
+    within -75 dB, but where one breaks off: what the filter makes of that rings on, with -56 dB for 3.5 kHz
+    at 8 kHz after 60 ms.
     """
     if rate == RATE:
         return samples
     ratio = Fraction(RATE, rate).limit_denominator(2**16)  # exact up to 65 kHz and for usual rates
     step = ratio.denominator  # so many samples are a whole number at 16 kHz
-    pad = step << (rate // step).bit_length()  # 1 s or more, and without a prime that slows the transform
+    pad = step << (rate // step).bit_length()  # 1 s or more; no large prime slows it at usual rates
     padded = np.pad(samples, (pad, pad + -len(samples) % pad))
     edge = int(pad * ratio)
     parts = []

@@ -86,7 +86,7 @@ MMAU_KEYS = ["model_output", "model_prediction"]
 # ---------------------------------------------------------------------------------------------- what is asked
 
 
-def ask_everything(questions: list[Question], args: Namespace) -> list[list[Question]]:
+def ask_everything(questions: list[Question], args: Namespace) -> list:
     """Each question in all orders of its choices, the published one first; its audio is what is heard."""
     everything = []
     for i, question in enumerate(questions):

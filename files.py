@@ -26,7 +26,7 @@ class LocalError(InputError):
     """What is wrong in one process alone, which says it whatever its rank."""
 
 
-def run_program(program: Callable[[], int | None]) -> int:
+def run_program(program: Callable) -> int:
     """A program from its log to its exit code; what is wrong is one line and a 2."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("omni_r1").setLevel(logging.INFO)  # ours; httpx tells every request

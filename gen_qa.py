@@ -72,7 +72,6 @@ LONGEST_ANSWER = 512  # tokens; one has 60
 FRUITLESS = 100  # rejected clips, each paid for five times: one in ten must have given a question by then
 
 Captions = dict[str, list[str]]  # a clip's name -> A1 to A4
-Clip = tuple[str, list[str]]  # one of them
 
 
 # -------------------------------------------------------------------------------------------------- captions
@@ -282,7 +281,7 @@ class Ledger:
         if len(self.failed) >= FRUITLESS and 9 * len(self.done) < len(self.failed):
             raise InputError(f"nine in ten rejected, the last because: {self.reason} (--retry_rejected)")
 
-    def left(self, captions: Captions) -> list[Clip]:
+    def left(self, captions: Captions) -> list[tuple]:
         """The clips that are neither finished nor rejected; says how many they are, and their price."""
         finished = self.done | self.failed
         left = [clip for clip in captions.items() if clip[0] not in finished]
@@ -297,7 +296,7 @@ class Ledger:
         return f"{said} ({self.prices[0]:g} and {self.prices[1]:g} a million)"
 
 
-def ask(client: ChatClient, ledger: Ledger, clip: Clip) -> None:
+def ask(client: ChatClient, ledger: Ledger, clip: tuple) -> None:
     """Record a clip's question, and of each asking before why it gave none. Raises InputError."""
     name, texts = clip
     message = {"role": "user", "content": prompt_for(texts)}

@@ -105,9 +105,11 @@ needs() { # the sets, and the models that are not folders here
 place() { # the stage's folder: of a model that is not the paper's in one of the model's name, beside no number of the paper's
   local model=$OMNI
   [[ $NAME != *qwen2audio* ]] || model=$QWEN2AUDIO
-  case $(basename "$model") in
+  [ ! -d "$model" ] || model=$(cd -- "$model" && pwd)
+  model=$(basename -- "$model")
+  case $model in
     Qwen2.5-Omni-7B | Qwen2-Audio-7B-Instruct | model) echo "$NAME" ;; # `model`, of a run or the tiny world, says nothing
-    *) echo "$(basename "$model")/$NAME" ;;
+    *) echo "$model/$NAME" ;;
   esac
 }
 

@@ -236,7 +236,7 @@ class Run:
             )
         return load_weights(lm, "cpu" if on_host else self.device, compute=self.device)
 
-    def batches(self) -> Iterator[tuple[Asked, ...]]:
+    def batches(self) -> Iterator:
         """This process's questions of each step left, decoded ahead by a thread; replaced clips are named."""
         each = self.questions.each
         numbers = range(self.step * each, self.config.steps * each)
@@ -478,6 +478,7 @@ def train(config: Namespace) -> int:
     if rank == 0 and not config.explain:
         out.mkdir(parents=True, exist_ok=True)
         held = one_writer(out / ".lock")  # noqa: F841 (until the process ends)
+    dist.barrier()  # nothing is read before
     loaded = load_questions(config, partial(fsdp.share_out, check_clips))
     now = settings(config, loaded)
     written = [out / name for name in ("config.json", "log.jsonl", "model", "adapter")]
