@@ -47,8 +47,8 @@ class ChatClient:
         self.session.mount(url, requests.adapters.HTTPAdapter(pool_maxsize=1000))  # a connection a worker
         if key:
             self.session.headers["Authorization"] = f"Bearer {key}"
-        named = re.split("[?&=#]", url)[1:]  # of a query
-        self.secrets = [one for one in (key, *named) if len(one) >= SHORTEST_KEY]
+        secrets = (key, *re.split("[?&=#]", url)[1:])  # and the values of a query
+        self.secrets = [one for one in secrets if len(one) >= SHORTEST_KEY]
         self.stop = threading.Event()
         self.answers = 0
         self.quiet_until = 0.0

@@ -132,17 +132,19 @@ def read_questions(path: Path | str, audio_dir: str | None = None) -> list[Quest
         log.warning("%s: %d rows of several clips or without choices are left out", path, left_out)
     if not questions:
         raise InputError(f"{path}: no question is left of {len(rows)} rows")
-    first_of = {}  # by the clips' bare names
+    first_of = {}  # by the clips' files, and by their bare names
     for question in questions.values():
         clip = question.meta["clip"]
-        first = first_of.setdefault(Path(question.audio or "").stem, question)
-        if clip != first.meta["clip"] and (
-            question.audio == first.audio or not question.meta["own"] & first.meta["own"]
-        ):
-            raise InputError(
-                f"{path}, rows {first.meta['row'] + 1} and {question.meta['row'] + 1}: {first.meta['clip']} "
-                f"and {clip} have one name, and not both are where they say: check --audio_dir"
-            )
+        for key in (question.audio, Path(question.audio or "").stem):
+            first = first_of.setdefault(key, question)
+            if clip != first.meta["clip"] and (
+                key == question.audio or not question.meta["own"] & first.meta["own"]
+            ):
+                raise InputError(
+                    f"{path}, rows {first.meta['row'] + 1} and {question.meta['row'] + 1}: "
+                    f"{first.meta['clip']} and {clip} have one name, and not both are where they say: "
+                    "check --audio_dir"
+                )
     return list(questions.values())
 
 
@@ -193,10 +195,9 @@ def right_choice(answer: str | None, choices: list[str]) -> str | None:
 
 def questions_hash(questions: list[Question]) -> str:
     """Another one where a text, a choice, an answer or a clip's name is; a converted clip is the same one."""
-    asked = []
-    for q in questions:
-        clip, _ = os.path.splitext(q.meta["name"] or "")
-        asked.append([q.id, q.question, q.choices, q.answer, clip])
+    asked = [
+        [q.id, q.question, q.choices, q.answer, os.path.splitext(q.meta["name"] or "")[0]] for q in questions
+    ]
     return sha256(json.dumps(asked).encode())
 
 
@@ -325,11 +326,6 @@ def open_clip(path: Path | str) -> soundfile.SoundFile:
     for promised, there in re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info):
         if int(there) + 1024 < int(promised) < 2_000_000_000:
             raise ValueError(f"is cut off: {there} of {promised} bytes are there")
-    if file.format == "OGG":
-        page = Path(path).read_bytes().rpartition(b"OggS")[2]
-        body = 23 + page[22]  # behind the lengths of its segments
-        if len(page) < body + sum(page[23:body]):
-            raise ValueError("is cut off: its last page is not whole")
     return file
 
 
@@ -362,6 +358,11 @@ def load_audio(path: Path | str, longest: float = math.inf) -> np.ndarray:
             # not to a frame: without a Xing header an MP3's length is a guess
             if len(mono) < 0.98 * frames - 0.1 * file.samplerate:
                 raise ValueError(f"is cut off: {len(mono)} of {frames} frames can be decoded")
+            if file.format == "OGG":  # whose header promises nothing
+                page = Path(path).read_bytes().rpartition(b"OggS")[2]
+                body = 23 + page[22]  # behind the lengths of its segments
+                if len(page) < body + sum(page[23:body]):
+                    raise ValueError("is cut off: its last page is not whole")
         mono = resample(mono, file.samplerate)
         if not np.isfinite(mono).all():  # looked at last: sums of huge samples overflow
             raise ValueError("has samples that are not finite")

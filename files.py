@@ -109,14 +109,13 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_rows(path: Path, rows: list) -> None:
     """A JSON list or JSON lines by the name's ending (.csv: the rows are lines); makes the folder."""
-    lines = rows
-    if path.suffix != ".csv":
-        lines = map(json.dumps, rows)
-    text = "".join(f"{line}\n" for line in lines)
+    lines = map(json.dumps, rows)
     if path.suffix == ".json":
-        text = json.dumps(rows, indent=1)
+        lines = [json.dumps(rows, indent=1)]
+    elif path.suffix == ".csv":
+        lines = rows
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def append_rows(path: Path | str, rows: list[dict]) -> None:

@@ -36,6 +36,7 @@ import numpy as np
 import soundfile
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 import tiny
 from data import check_clips, load_questions
@@ -160,7 +161,7 @@ def measure(folder: Path, layout: list[str], rank: int, world: int, device: torc
     found["saving"] = time.perf_counter() - started
     with torch.profiler.profile() as profile:
         once = take_step(run, asked)
-    fsdp.dcp.load(run.state(), checkpoint_id=fsdp.newest_checkpoint(out))
+    dcp.load(run.state(), checkpoint_id=fsdp.newest_checkpoint(out))
     run.step -= 1
     again = take_step(run, asked)
     found["resumed"] = all(once[name] == again[name] for name in ("loss", "grad_norm"))
